@@ -1,4 +1,4 @@
-"""One door for metrics: JSON first, then MLflow. The JSON files and dvc.lock are the truth; MLflow is a view."""
+"""One door for metrics: JSON first, then MLflow. JSON files and dvc.lock are the truth; MLflow is a view."""
 
 import json
 import math
