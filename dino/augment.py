@@ -1,0 +1,272 @@
+"""Batched multi-crop on the device that trains, each sample with its own draws (paper section 3.1, appendix C).
+
+What is drawn is a pure function of (seed, step, row of the global batch, view), made on the CPU in float64: the same
+for every device and number of ranks. Applying it is batched tensor arithmetic in fp32 on pixels of 0..1.
+
+Legend: B images, N = views of one size times B, C channels, P pixels of a crop's side.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from dino import draws
+from dino.config import GLOBAL_CROPS, PretrainConfig
+from dino.images import ImageBatch
+from dino.resample import axis_weights, resample
+
+BOX_ATTEMPTS = 10  # of RandomResizedCrop, before it falls back to the centre
+GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # torchvision's and PIL's (ITU-R 601)
+BLUR_REACH = 4  # standard deviations beyond which the kernel (3e-4 of its peak) is cut
+SOLARIZE_THRESHOLD = 128 / 255
+JITTER_OPERATIONS = ("brightness", "contrast", "saturation", "hue")
+
+
+@dataclass(frozen=True)
+class CropDraws:
+    """Everything random of a crop, a row each; CPU tensors."""
+
+    top: Tensor  # box in pixels, int64 [N]
+    left: Tensor
+    height: Tensor
+    width: Tensor
+    flip: Tensor  # bool [N]
+    jitter: Tensor  # bool [N]
+    order: Tensor  # int64 [N, 4]: which of JITTER_OPERATIONS comes first, second, ...
+    factors: Tensor  # float64 [N, 4]: in the order of JITTER_OPERATIONS; hue as a shift of the circle
+    grayscale: Tensor  # bool [N]
+    blur: Tensor  # bool [N]
+    radius: Tensor  # float64 [N]: standard deviation in pixels
+    solarize: Tensor  # bool [N]
+
+    @staticmethod
+    def cat(parts: "list[CropDraws]") -> "CropDraws":
+        """The draws of several views as one."""
+        return CropDraws(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(CropDraws)})
+
+
+def _between(u: Tensor, low: float, high: float) -> Tensor:
+    return low + u * (high - low)
+
+
+def draw_boxes(u_N22: Tensor, sizes_N2: Tensor, scale: tuple[float, float], ratio: tuple[float, float]) -> Tensor:
+    """RandomResizedCrop's boxes, int64 [N, 4] of top, left, height, width: the first of ten attempts that fits.
+
+    Args:
+        u_N22: Draws of [0, 1): ten areas, ten ratios, top, left.
+        sizes_N2: Height and width of each image.
+        scale: Range of the area as share of the image's.
+        ratio: Range of width over height, drawn log-uniformly.
+    """
+    size = sizes_N2.double()
+    area = _between(u_N22[:, :BOX_ATTEMPTS], *scale) * size.prod(dim=1, keepdim=True)
+    aspect = torch.exp(_between(u_N22[:, BOX_ATTEMPTS : 2 * BOX_ATTEMPTS], math.log(ratio[0]), math.log(ratio[1])))
+    width, height = torch.sqrt(area * aspect).round(), torch.sqrt(area / aspect).round()
+    fits = (width > 0) & (height > 0) & (height <= size[:, :1]) & (width <= size[:, 1:])
+    first = fits.int().argmax(dim=1, keepdim=True)
+    found = fits.any(dim=1)
+    H, W = size[:, 0], size[:, 1]
+    fallback_width = torch.where(ratio[1] < W / H, (H * ratio[1]).round(), W)
+    fallback_height = torch.where(ratio[0] > W / H, (W / ratio[0]).round(), H)
+    width = torch.where(found, width.gather(1, first)[:, 0], fallback_width)
+    height = torch.where(found, height.gather(1, first)[:, 0], fallback_height)
+    top = torch.where(found, (u_N22[:, -2] * (H - height + 1)).floor(), ((H - height) / 2).floor())
+    left = torch.where(found, (u_N22[:, -1] * (W - width + 1)).floor(), ((W - width) / 2).floor())
+    return torch.stack([top, left, height, width], dim=1).long()
+
+
+def draw_view(config: PretrainConfig, view: int, step: int, rows: Tensor, sizes_B2: Tensor) -> CropDraws:
+    """What is drawn for one view of each image; rows are those of the global batch."""
+    boxes = 2 * BOX_ATTEMPTS + 2
+    u = draws.uniform(config.seed, draws.CROPS + view, step, rows, boxes + 14)
+    is_global = view < GLOBAL_CROPS
+    kind = min(view, GLOBAL_CROPS)
+    scale = config.global_scale if is_global else config.local_scale
+    top, left, height, width = draw_boxes(u[:, :boxes], sizes_B2, scale, config.ratio).unbind(1)
+    flip, jitter, gray, blur, radius, solarize = u[:, boxes : boxes + 6].unbind(1)
+    ranges = [(max(0.0, 1 - x), 1 + x) for x in (config.brightness, config.contrast, config.saturation)]
+    ranges.append((-config.hue, config.hue))
+    factors = [_between(u[:, boxes + 10 + i], *bounds) for i, bounds in enumerate(ranges)]
+    return CropDraws(
+        top=top,
+        left=left,
+        height=height,
+        width=width,
+        flip=flip < config.flip,
+        jitter=jitter < config.jitter_p,
+        order=u[:, boxes + 6 : boxes + 10].argsort(dim=1, stable=True),
+        factors=torch.stack(factors, dim=1),
+        grayscale=gray < config.grayscale_p,
+        blur=blur < config.blur_p[kind],
+        radius=_between(radius, *config.blur_radius),
+        solarize=solarize < config.solarize_p[kind],
+    )
+
+
+def crop_boxes(pixels_BCHW: Tensor, draws_N: CropDraws, crop_px: int) -> Tensor:
+    """Cut, resize and flip: uint8 [B, C, H, W] -> fp32 [N, C, P, P] of 0..1; N a multiple of B."""
+    device = pixels_BCHW.device
+    N = len(draws_N.top)
+    images = pixels_BCHW.float() / 255
+    if len(images) < N:
+        images = images.repeat(N // len(images), 1, 1, 1)
+    boxes = torch.stack([draws_N.top, draws_N.left, draws_N.height, draws_N.width]).float().to(device)
+    out = torch.full((N,), float(crop_px), device=device)
+    first = torch.zeros(N, device=device)
+    rows = axis_weights(boxes[0], boxes[2], images.shape[2], out, first, crop_px)
+    columns = axis_weights(boxes[1], boxes[3], images.shape[3], out, first, crop_px)
+    flip = draws_N.flip.to(device)[:, None, None]
+    columns = torch.where(flip, columns.flip(1), columns)
+    return resample(images, rows, columns).clamp_(0, 1)
+
+
+def gray_of(images_NCPP: Tensor) -> Tensor:
+    """Luminance [N, 1, P, P]; a grey image is its own."""
+    if images_NCPP.shape[1] == 1:
+        return images_NCPP
+    weights = torch.tensor(GRAY_WEIGHTS, device=images_NCPP.device)
+    return (images_NCPP * weights[:, None, None]).sum(dim=1, keepdim=True)
+
+
+def adjust_brightness(images: Tensor, factor_N111: Tensor) -> Tensor:
+    """Scale towards black."""
+    return (images * factor_N111).clamp(0, 1)
+
+
+def adjust_contrast(images: Tensor, factor_N111: Tensor) -> Tensor:
+    """Blend with the image's mean luminance."""
+    mean = gray_of(images).mean(dim=(1, 2, 3), keepdim=True)
+    return (images * factor_N111 + mean * (1 - factor_N111)).clamp(0, 1)
+
+
+def adjust_saturation(images: Tensor, factor_N111: Tensor) -> Tensor:
+    """Blend with the luminance."""
+    return (images * factor_N111 + gray_of(images) * (1 - factor_N111)).clamp(0, 1)
+
+
+def adjust_hue(images: Tensor, shift_N111: Tensor) -> Tensor:
+    """Turn the hue by this share of the circle."""
+    r, g, b = images.unbind(1)
+    high, low = images.amax(dim=1), images.amin(dim=1)
+    chroma = high - low
+    grey = chroma == 0
+    divisor = torch.where(grey, 1.0, chroma)
+    rc, gc, bc = (high - r) / divisor, (high - g) / divisor, (high - b) / divisor
+    hue = torch.where(high == r, bc - gc, torch.where(high == g, 2.0 + rc - bc, 4.0 + gc - rc))
+    hue = torch.where(grey, 0.0, (hue / 6.0 + 1.0) % 1.0)
+    hue = (hue + shift_N111[:, :, 0]) % 1.0
+    # A channel of a colour with this hue is high - chroma * ramp, the ramp shifted by 1/3 between channels.
+    offset = torch.tensor([5.0, 3.0, 1.0], device=images.device)[:, None, None]
+    k = (offset + 6.0 * hue[:, None]) % 6.0
+    ramp = torch.minimum(k, 4.0 - k).clamp(0, 1)
+    return high[:, None] - chroma[:, None] * ramp
+
+
+ADJUSTMENTS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+
+
+def color_jitter(images: Tensor, draws_N: CropDraws) -> Tensor:
+    """Brightness, contrast, saturation and hue in each sample's own order; the first two only on grey images."""
+    operations = 2 if images.shape[1] == 1 else len(ADJUSTMENTS)
+    factors = draws_N.factors.float().to(images.device)
+    for position in range(len(ADJUSTMENTS)):
+        turn = torch.where(draws_N.jitter, draws_N.order[:, position], -1)
+        for operation in range(operations):
+            chosen = torch.nonzero(turn == operation)[:, 0].to(images.device)
+            if len(chosen):
+                factor = factors[chosen, operation][:, None, None, None]
+                images = images.index_copy(0, chosen, ADJUSTMENTS[operation](images[chosen], factor))
+    return images
+
+
+def blur_weights(radius_N: Tensor, px: int) -> Tensor:
+    """Matrix [N, P, P] of a Gaussian of this standard deviation along one axis, edge pixels repeated outwards."""
+    reach = math.ceil(BLUR_REACH * float(radius_N.max()))
+    positions = torch.arange(-reach, px + reach, dtype=radius_N.dtype)
+    distance = positions - torch.arange(px, dtype=radius_N.dtype)[:, None]
+    kernel = torch.exp(-0.5 * (distance / radius_N[:, None, None]) ** 2)
+    kernel = torch.where(distance.abs() <= reach, kernel, 0.0)
+    kernel = kernel / kernel.sum(dim=-1, keepdim=True)
+    weights = kernel[..., reach : reach + px].clone()
+    weights[..., 0] += kernel[..., :reach].sum(dim=-1)
+    weights[..., -1] += kernel[..., reach + px :].sum(dim=-1)
+    return weights
+
+
+def gaussian_blur(images: Tensor, radius_N: Tensor) -> Tensor:
+    """Blur each image [N, C, P, P] with its own standard deviation in pixels."""
+    weights = blur_weights(radius_N, images.shape[-1]).float().to(images.device)[:, None]
+    return weights @ images @ weights.transpose(-1, -2)
+
+
+def solarize(images: Tensor) -> Tensor:
+    """Invert what is at least as bright as the threshold."""
+    return torch.where(images >= SOLARIZE_THRESHOLD, 1 - images, images)
+
+
+def _on(images: Tensor, chosen_N: Tensor) -> Tensor:
+    return torch.nonzero(chosen_N)[:, 0].to(images.device)
+
+
+def apply_draws(pixels_BCHW: Tensor, draws_N: CropDraws, crop_px: int) -> Tensor:
+    """The paper's chain with given draws, before normalisation: uint8 [B, C, H, W] -> fp32 [N, C, P, P] of 0..1."""
+    images = color_jitter(crop_boxes(pixels_BCHW, draws_N, crop_px), draws_N)
+    if images.shape[1] > 1 and len(chosen := _on(images, draws_N.grayscale)):
+        images = images.index_copy(0, chosen, gray_of(images[chosen]).expand(-1, images.shape[1], -1, -1).contiguous())
+    if len(chosen := _on(images, draws_N.blur)):
+        images = images.index_copy(0, chosen, gaussian_blur(images[chosen], draws_N.radius[draws_N.blur]))
+    if len(chosen := _on(images, draws_N.solarize)):
+        images = images.index_copy(0, chosen, solarize(images[chosen]))
+    return images
+
+
+def normalize(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
+    """(images - mean) / std per channel."""
+    device = images.device
+    return (images - torch.tensor(mean, device=device)[:, None, None]) / torch.tensor(std, device=device)[:, None, None]
+
+
+def multi_crop(
+    batch: ImageBatch, *, config: PretrainConfig, step: int, rows: Tensor, mean: list[float], std: list[float]
+) -> list[Tensor]:
+    """All crops of a batch: two global [B, C, global_px, global_px], then the local ones.
+
+    Args:
+        batch: Decoded images; the pixels lie on the device that trains.
+        config: Sizes, scales and probabilities.
+        step: Optimizer step.
+        rows: Rows of the global batch, int64 [B].
+        mean, std: Per channel, of pixels in 0..1.
+    """
+    crops: list[Tensor] = []
+    for views, px in (
+        (range(GLOBAL_CROPS), config.global_px),
+        (range(GLOBAL_CROPS, config.views), config.local_px),
+    ):
+        if len(views):
+            drawn = CropDraws.cat([draw_view(config, view, step, rows, batch.sizes_B2) for view in views])
+            images = normalize(apply_draws(batch.pixels_BCHW, drawn, px), mean, std)
+            crops.extend(images.chunk(len(views)))
+    return crops
+
+
+def eval_images(batch: ImageBatch, *, resize_px: int, crop_px: int, mean: list[float], std: list[float]) -> Tensor:
+    """Short side resized to resize_px (bicubic), centre crop, normalised: fp32 [B, C, crop_px, crop_px].
+
+    Raises:
+        ValueError: A crop larger than the resized image.
+    """
+    if crop_px > resize_px:
+        raise ValueError(f"crop_px ({crop_px}) is larger than resize_px ({resize_px}): choose at most {resize_px}")
+    device = batch.pixels_BCHW.device
+    sizes = batch.sizes_B2.double()
+    resized = (sizes * resize_px / sizes.amin(dim=1, keepdim=True)).floor()  # torchvision truncates the long side
+    first = ((resized - crop_px) / 2).round()
+    sizes, resized, first = (x.float().to(device) for x in (sizes, resized, first))
+    zeros = torch.zeros(len(sizes), device=device)
+    H, W = batch.pixels_BCHW.shape[-2:]
+    rows = axis_weights(zeros, sizes[:, 0], H, resized[:, 0], first[:, 0], crop_px)
+    columns = axis_weights(zeros, sizes[:, 1], W, resized[:, 1], first[:, 1], crop_px)
+    return normalize(resample(batch.pixels_BCHW.float() / 255, rows, columns).clamp_(0, 1), mean, std)

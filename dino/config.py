@@ -1,0 +1,153 @@
+"""Settings of a pretraining, validated: every problem in one error, with place and cure. Needs no torch: loads fast."""
+
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+
+ARCHITECTURES = ("vit_tiny", "vit_small", "vit_base")
+PRECISIONS = ("auto", "fp32", "bf16")
+GLOBAL_CROPS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """What chooses the result of a pretraining; params.yaml's section `pretrain` says each field's unit and effect.
+
+    Raises:
+        ValueError: Values out of range or that contradict each other, all of them in one message.
+    """
+
+    seed: int = 0
+    epochs: int = 100
+    batch: int = 256
+    micro_batches: int = 1
+    initial_weights: str | None = None
+
+    arch: str = "vit_small"
+    patch_size: int = 16
+    embed_dim: int | None = None
+    depth: int | None = None
+    num_heads: int | None = None
+    drop_path_rate: float = 0.1
+
+    out_dim: int = 65536
+    hidden_dim: int = 2048
+    bottleneck_dim: int = 256
+    head_layers: int = 3
+    norm_last_layer: bool = True
+    head_batch_norm: bool = False
+
+    global_px: int = 224
+    local_px: int = 96
+    local_crops: int = 8
+    global_scale: tuple[float, float] = (0.4, 1.0)
+    local_scale: tuple[float, float] = (0.05, 0.4)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    jitter_p: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    grayscale_p: float = 0.2
+    blur_p: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    blur_radius: tuple[float, float] = (0.1, 2.0)
+    solarize_p: tuple[float, float, float] = (0.0, 0.2, 0.0)
+
+    student_temp: float = 0.1
+    teacher_temp_start: float = 0.04
+    teacher_temp: float = 0.04
+    teacher_temp_warmup_epochs: int = 0
+    center_momentum: float = 0.9
+
+    lr_at_256: float = 5e-4
+    lr_final: float = 1e-6
+    warmup_epochs: float = 10
+    weight_decay: float = 0.04
+    weight_decay_final: float = 0.4
+    clip_norm: float = 3.0
+    freeze_last_layer_epochs: float = 1
+    ema_momentum: float = 0.996
+
+    precision: str = "auto"
+    compile: bool = False
+    deterministic: bool = True
+
+    @property
+    def lr_peak(self) -> float:
+        """Learning rate after the warm-up: lr_at_256 * batch / 256."""
+        return self.lr_at_256 * self.batch / 256
+
+    @property
+    def views(self) -> int:
+        """Crops of an image, V."""
+        return GLOBAL_CROPS + self.local_crops
+
+    def __post_init__(self) -> None:
+        """Check every value and combination."""
+        if found := problems(self):
+            raise ValueError("\n".join(found))
+
+
+def _ranges(c: PretrainConfig) -> list[tuple[bool, str, str]]:
+    """(holds, field, cure) of each single value."""
+    shares = ("flip", "jitter_p", "grayscale_p", "center_momentum", "ema_momentum")
+    at_least_one = ("epochs", "batch", "micro_batches", "patch_size", "out_dim", "hidden_dim", "bottleneck_dim",
+                    "head_layers", "global_px", "local_px")  # fmt: skip
+    positive = ("student_temp", "teacher_temp_start", "teacher_temp", "lr_at_256")
+    not_negative = ("seed", "local_crops", "brightness", "contrast", "saturation", "lr_final", "warmup_epochs",
+                    "weight_decay", "weight_decay_final", "clip_norm", "freeze_last_layer_epochs",
+                    "teacher_temp_warmup_epochs")  # fmt: skip
+    optional = [name for name in ("embed_dim", "depth", "num_heads") if getattr(c, name) is not None]
+    return [
+        *((0 <= getattr(c, name) <= 1, name, "choose a share from 0 to 1") for name in shares),
+        *((getattr(c, name) >= 1, name, "choose 1 or more") for name in (*at_least_one, *optional)),
+        *((getattr(c, name) > 0, name, "choose more than 0") for name in positive),
+        *((getattr(c, name) >= 0, name, "choose 0 or more") for name in not_negative),
+        *((all(0 <= p <= 1 for p in getattr(c, name)), name, "choose three shares from 0 to 1")
+          for name in ("blur_p", "solarize_p")),
+        *((0 < getattr(c, name)[0] <= getattr(c, name)[1] <= 1, name, "choose 0 < low <= high <= 1")
+          for name in ("global_scale", "local_scale")),
+        *((0 < getattr(c, name)[0] <= getattr(c, name)[1], name, "choose two numbers, 0 < low <= high")
+          for name in ("ratio", "blur_radius")),
+        (0 <= c.hue <= 0.5, "hue", "choose a share of the colour circle from 0 to 0.5"),
+        (0 <= c.drop_path_rate < 1, "drop_path_rate", "choose a share from 0 to below 1"),
+        (c.precision in PRECISIONS, "precision", _choice(c.precision, PRECISIONS)),
+        (c.arch in ARCHITECTURES, "arch", _choice(c.arch, ARCHITECTURES)),
+    ]  # fmt: skip
+
+
+def _choice(value: str, choices: tuple[str, ...]) -> str:
+    close = get_close_matches(value, choices, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{hint}choose one of {', '.join(choices)}"
+
+
+def problems(c: PretrainConfig) -> list[str]:
+    """Every problem in plain words: field, value, cure."""
+    found = [f"{name} is {getattr(c, name)!r}: {cure}" for holds, name, cure in _ranges(c) if not holds]
+    if found:
+        return found  # combinations of impossible values say nothing more
+    for name in ("global_px", "local_px"):
+        if getattr(c, name) % c.patch_size and (name == "global_px" or c.local_crops):
+            below = max(getattr(c, name) // c.patch_size, 1) * c.patch_size
+            found.append(
+                f"{name} is {getattr(c, name)}, not a multiple of patch_size ({c.patch_size}): "
+                f"choose {below} or {below + c.patch_size}"
+            )
+    if c.batch % c.micro_batches:
+        found.append(
+            f"batch ({c.batch}) does not divide into micro_batches ({c.micro_batches}): choose a divisor of it"
+        )
+    found += [
+        f"{name} is {getattr(c, name)}, longer than the run of {c.epochs} epochs: choose fewer"
+        for name in ("warmup_epochs", "teacher_temp_warmup_epochs")
+        if getattr(c, name) > c.epochs
+    ]
+    if c.embed_dim is not None and c.num_heads is not None and c.embed_dim % c.num_heads:
+        found.append(f"num_heads ({c.num_heads}) does not divide embed_dim ({c.embed_dim}): choose a divisor of it")
+    if c.precision == "bf16" and c.head_batch_norm:
+        found.append("head_batch_norm with precision bf16 loses its statistics: choose precision fp32 or auto")
+    return found
+
+
+FIELD_NAMES = tuple(f.name for f in fields(PretrainConfig))
