@@ -1,0 +1,123 @@
+"""What a backbone sees, as pictures: attention of its last block, PCA of patch features, nearest neighbours.
+
+Made for a few images at a time; pictures are uint8 RGB arrays [H, W, 3]. Equal inputs give equal pictures:
+ties, and signs that linear algebra leaves open, are settled here.
+
+Legend: B images, C channels, H height and W width in pixels, A heads, T tokens (CLS first), R x S patches,
+M = B R S, D width of the features, Q queries, N rows of the bank, K neighbours.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dino.vision_transformer import VisionTransformer
+
+# black over purple and orange to pale yellow, in evenly rising lightness: readable with any colour vision
+HEAT = (
+    (0, 0, 4), (28, 16, 68), (79, 18, 123), (129, 37, 129), (181, 54, 122),
+    (229, 80, 100), (251, 135, 97), (254, 194, 135), (252, 253, 191),
+)  # fmt: skip
+PCA_QUANTILES = (0.01, 0.99)  # of a component, shown as 0 and 1: outliers don't grey the rest
+NEGLIGIBLE = 1e-9  # a component this small beside the first is rounding, not a direction
+
+
+def nearest_neighbours(queries_QD: Tensor, bank_ND: Tensor, *, neighbours: int) -> tuple[Tensor, Tensor]:
+    """Rows of the bank most similar to each query by cosine, best first; among equals the earlier row.
+
+    Returns:
+        rows_QK (int64) and similarities_QK (float32, -1..1), K = min(neighbours, N).
+
+    Raises:
+        ValueError: the bank is empty, or neighbours < 1.
+    """
+    if not len(bank_ND) or neighbours < 1:
+        raise ValueError(f"{neighbours} neighbours of a bank of {len(bank_ND)} rows: both must be 1 or more")
+    similarities_QN = F.normalize(queries_QD.float(), dim=1) @ F.normalize(bank_ND.float(), dim=1).T
+    best = torch.sort(similarities_QN, dim=1, descending=True, stable=True)
+    return best.indices[:, :neighbours], best.values[:, :neighbours]
+
+
+@torch.no_grad()
+def attention_maps(backbone: VisionTransformer, images_BCHW: Tensor) -> Tensor:
+    """Attention of the CLS token on each patch in the last block (paper, figure 1), float32 [B, A, R, S].
+
+    Softmax weights: a head's sum over the patches is 1 minus the CLS token's attention on itself.
+    """
+    rows, columns = _grid(backbone, images_BCHW)
+    weights_BATT = backbone.get_last_selfattention(images_BCHW)
+    return weights_BATT[:, :, 0, 1:].float().unflatten(-1, (rows, columns))
+
+
+@torch.no_grad()
+def patch_components(backbone: VisionTransformer, images_BCHW: Tensor, *, components: int = 3) -> Tensor:
+    """First principal components of the last block's patch features, float32 [B, R, S, components] in 0..1.
+
+    One basis for all these images, so that equal colours mean similar patches across pictures. Each component
+    is scaled by PCA_QUANTILES; one that does not vary, or does not exist, is .5 everywhere. Of the two signs of
+    a component, the one whose largest loading is positive.
+    """
+    rows, columns = _grid(backbone, images_BCHW)
+    features_MD = backbone.get_intermediate_layers(images_BCHW, 1)[0][:, 1:].flatten(0, 1).double()
+    features_MD = features_MD - features_MD.mean(0)
+    _, sizes, basis = torch.linalg.svd(features_MD, full_matrices=False)
+    scores = torch.full((len(features_MD), components), 0.5, dtype=torch.float64)
+    for index in range(min(components, len(basis))):
+        if sizes[index] > NEGLIGIBLE * sizes[0]:
+            loadings_D = basis[index] * torch.sign(basis[index][basis[index].abs().argmax()])
+            scores[:, index] = _stretched(features_MD @ loadings_D)
+    return scores.float().unflatten(0, (len(images_BCHW), rows, columns))
+
+
+def _stretched(values: Tensor) -> Tensor:
+    low, high = torch.quantile(values, torch.tensor(PCA_QUANTILES, dtype=values.dtype)).tolist()
+    return ((values - low) / (high - low)).clamp(0, 1) if high > low else torch.full_like(values, 0.5)
+
+
+def _grid(backbone: VisionTransformer, images_BCHW: Tensor) -> tuple[int, int]:
+    """Patches of a column and of a row of these images."""
+    assert not backbone.training, "pictures are of a backbone in eval mode"
+    height, width = images_BCHW.shape[-2:]
+    return height // backbone.patch_size, width // backbone.patch_size
+
+
+def heat_picture(values_RS: Tensor) -> np.ndarray:
+    """Non-negative values as colours of HEAT, 0 black and the largest the palest, uint8 [R, S, 3]."""
+    values = values_RS.double().numpy()
+    share = values / max(values.max(), np.finfo(np.float64).tiny)
+    stops = np.linspace(0, 1, len(HEAT))
+    channels = [np.interp(share, stops, channel) for channel in zip(*HEAT, strict=True)]
+    return np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
+
+
+def colour_picture(values_RS3: Tensor) -> np.ndarray:
+    """Values of 0..1 as colours, uint8 [R, S, 3]."""
+    return np.rint(values_RS3.double().numpy() * 255).astype(np.uint8)
+
+
+def image_picture(image_CHW: Tensor) -> np.ndarray:
+    """A stored image, uint8 [C, H, W] (grey or RGB), as a picture [H, W, 3]."""
+    return np.ascontiguousarray(image_CHW.expand(3, -1, -1).permute(1, 2, 0).numpy())
+
+
+def seen_picture(image_CHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """A normalised image, float [C, H, W], back as the picture [H, W, 3] that the backbone was given."""
+    mean_C11, std_C11 = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+    return image_picture(((image_CHW * std_C11 + mean_C11) * 255).round().clamp(0, 255).to(torch.uint8))
+
+
+def fitted(picture: np.ndarray, side_px: int) -> np.ndarray:
+    """A picture magnified by a whole number, or else shrunk, so that its long side is at most `side_px`.
+
+    Magnified pixels stay sharp squares; shrunk ones are means over area.
+    """
+    height, width = picture.shape[:2]
+    if times := side_px // max(height, width):
+        return np.repeat(np.repeat(picture, times, axis=0), times, axis=1)
+    size = tuple(max(1, round(length * side_px / max(height, width))) for length in (height, width))
+    pixels_1CHW = torch.tensor(picture, dtype=torch.float64).permute(2, 0, 1)[None]
+    shrunk = F.interpolate(pixels_1CHW, size=size, mode="area")
+    return np.ascontiguousarray(shrunk[0].permute(1, 2, 0).round().to(torch.uint8).numpy())

@@ -1,0 +1,146 @@
+"""Laws of the pictures: what they show is what slow, independent computations say."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dino.look import (
+    HEAT,
+    attention_maps,
+    colour_picture,
+    fitted,
+    heat_picture,
+    image_picture,
+    nearest_neighbours,
+    patch_components,
+    seen_picture,
+)
+from dino.vision_transformer import VisionTransformer
+
+
+@pytest.fixture(scope="module")
+def backbone() -> VisionTransformer:
+    torch.manual_seed(0)
+    return VisionTransformer(img_size=12, patch_size=4, in_chans=1, embed_dim=16, depth=2, num_heads=2).eval()
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(3, 1, 12, 20, generator=torch.Generator().manual_seed(1))
+
+
+def test_neighbours_are_those_of_the_double_loop():
+    generator = torch.Generator().manual_seed(2)
+    queries, bank = torch.randn(4, 6, generator=generator), torch.randn(30, 6, generator=generator)
+    rows, similarities = nearest_neighbours(queries, bank, neighbours=5)
+    for query, found, values in zip(queries, rows, similarities, strict=True):
+        cosines = [float(query @ row / (query.norm() * row.norm())) for row in bank]
+        expected = sorted(range(30), key=lambda index: -cosines[index])[:5]
+        assert found.tolist() == expected
+        assert values.tolist() == pytest.approx([cosines[index] for index in expected], abs=1e-6)
+
+
+def test_neighbours_do_not_depend_on_length_and_equals_come_in_table_order():
+    bank = torch.tensor([[0.0, 1.0], [1.0, 0.0], [2.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
+    rows, similarities = nearest_neighbours(torch.tensor([[5.0, 0.0]]), bank, neighbours=99)
+    assert rows.tolist() == [[1, 2, 3, 0, 4]]
+    assert similarities.tolist() == [[1.0, 1.0, 1.0, 0.0, -1.0]]
+
+
+@pytest.mark.parametrize(("bank_rows", "neighbours"), [(0, 3), (3, 0)])
+def test_no_neighbours_to_be_had_is_an_error(bank_rows: int, neighbours: int):
+    with pytest.raises(ValueError, match="1 or more"):
+        nearest_neighbours(torch.ones(1, 2), torch.ones(bank_rows, 2), neighbours=neighbours)
+
+
+def test_attention_sits_where_its_patch_is(backbone: VisionTransformer, images: Tensor):
+    maps = attention_maps(backbone, images)
+    assert maps.shape == (3, 2, 3, 5)
+    weights = backbone.get_last_selfattention(images)
+    for row in range(3):
+        for column in range(5):
+            assert torch.equal(maps[:, :, row, column], weights[:, :, 0, 1 + row * 5 + column])
+    assert torch.allclose(maps.sum((2, 3)), 1 - weights[:, :, 0, 0])
+
+
+def test_components_are_the_eigenvectors_of_the_covariance(backbone: VisionTransformer, images: Tensor):
+    components = patch_components(backbone, images)
+    assert components.shape == (3, 3, 5, 3) and components.min() >= 0 and components.max() <= 1
+    tokens = backbone.get_intermediate_layers(images, 1)[0].detach().double()
+    patches = tokens[:, 1:].reshape(-1, 16).numpy()
+    _, vectors = np.linalg.eigh(np.cov(patches, rowvar=False))
+    for index in range(3):
+        vector = vectors[:, -1 - index]
+        vector = vector * np.sign(vector[np.abs(vector).argmax()])
+        score = (patches - patches.mean(0)) @ vector
+        low, high = np.quantile(score, [0.01, 0.99])
+        expected = np.clip((score - low) / (high - low), 0, 1)
+        assert np.allclose(components[..., index].numpy().ravel(), expected, atol=1e-5)
+
+
+def test_equal_patches_get_equal_colours_across_images(backbone: VisionTransformer, images: Tensor):
+    twice = patch_components(backbone, torch.cat([images, images]))
+    assert torch.allclose(twice[:3], twice[3:], atol=1e-6)
+
+
+def test_patches_that_do_not_vary_are_grey(backbone: VisionTransformer):
+    with torch.no_grad():
+        still = VisionTransformer(**backbone.arch).eval()
+        still.norm.weight.zero_()
+    assert torch.equal(patch_components(still, torch.ones(2, 1, 12, 12)), torch.full((2, 3, 3, 3), 0.5))
+
+
+def test_more_components_than_features_are_grey():
+    narrow = VisionTransformer(img_size=8, patch_size=4, in_chans=1, embed_dim=2, depth=1, num_heads=1).eval()
+    assert torch.equal(patch_components(narrow, torch.randn(2, 1, 8, 8))[..., 2], torch.full((2, 2, 2), 0.5))
+
+
+def test_pictures_do_not_hinder_training_afterwards(backbone: VisionTransformer):
+    """The network caches its position resampling; a matrix made for a picture must serve a gradient too."""
+    network = VisionTransformer(**backbone.arch).eval()
+    attention_maps(network, torch.ones(1, 1, 28, 24))
+    network(torch.ones(1, 1, 28, 24)).sum().backward()
+
+
+def test_pictures_leave_torchs_generator_alone(backbone: VisionTransformer, images: Tensor):
+    before = torch.get_rng_state()
+    attention_maps(backbone, images)
+    patch_components(backbone, images)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_heat_rises_in_lightness_from_black_to_its_last_colour():
+    picture = heat_picture(torch.linspace(0, 3, 300).view(1, 300))[0].astype(int)
+    assert tuple(picture[0]) == HEAT[0] and tuple(picture[-1]) == HEAT[-1]
+    lightness = picture @ [0.2126, 0.7152, 0.0722]
+    assert (np.diff(lightness) >= -0.5).all()
+    assert not heat_picture(torch.zeros(2, 2))[..., 0].any()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_normalised_image_comes_back_to_the_pixel(channels: int):
+    mean, std = [0.3, 0.5, 0.4][:channels], [0.2, 0.3, 0.25][:channels]
+    generator = torch.Generator().manual_seed(3)
+    stored = torch.randint(0, 256, (channels, 5, 7), generator=generator, dtype=torch.uint8)
+    normalised = (stored / 255 - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+    picture = seen_picture(normalised, mean, std)
+    assert np.array_equal(picture, image_picture(stored))
+    for channel in range(3):
+        assert np.array_equal(picture[..., channel], stored[channel % channels].numpy())
+
+
+def test_colours_are_rounded_not_cut():
+    assert colour_picture(torch.tensor([[[0.0, 0.5, 1.0]]])).tolist() == [[[0, 128, 255]]]
+    assert colour_picture(torch.tensor([[[0.999, 0.001, 0.003]]])).tolist() == [[[255, 0, 1]]]
+
+
+def test_fitting_magnifies_by_whole_numbers_and_shrinks_by_means():
+    picture = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    large = fitted(picture, 11)
+    assert large.shape == (6, 9, 3) and np.array_equal(large[::3, ::3], picture)
+    assert np.array_equal(large[1::3, 2::3], picture)
+    chequered = np.zeros((40, 20, 3), np.uint8)
+    chequered[::2] = 200
+    small = fitted(chequered, 10)
+    assert small.shape == (10, 5, 3) and (small == 100).all()
