@@ -22,7 +22,7 @@ HEAT = (
     (229, 80, 100), (251, 135, 97), (254, 194, 135), (252, 253, 191),
 )  # fmt: skip
 PCA_QUANTILES = (0.01, 0.99)  # of a component, shown as 0 and 1: outliers don't grey the rest
-NEGLIGIBLE = 1e-9  # a component this small beside the first is rounding, not a direction
+NEGLIGIBLE = 1e-5  # a component this small beside the first is rounding of fp32 features, not a direction
 
 
 def nearest_neighbours(queries_QD: Tensor, bank_ND: Tensor, *, neighbours: int) -> tuple[Tensor, Tensor]:
