@@ -50,18 +50,16 @@ class StageResult:
     last_lines: tuple[str, ...]
 
 
-def stage_graph(root: Path = Path()) -> Graph:
-    """Stages of the repository at `root`, each with the stages it needs; in an order in which they can run.
+def stage_graph() -> Graph:
+    """Stages of the current directory's repository, each with the stages it needs; in an order that can run.
 
     Raises:
-        ValueError: `root` is not a DVC repository's root, or DVC cannot read its graph.
+        ValueError: this is not a DVC repository's root, or DVC cannot read its graph.
     """
-    if not ((root / ".dvc").is_dir() and (root / "dvc.yaml").is_file()):
-        raise ValueError(
-            f"{root.resolve()} has no dvc.yaml beside a .dvc folder: go to the repository's root and repeat"
-        )
+    if not (Path(".dvc").is_dir() and Path("dvc.yaml").is_file()):
+        raise ValueError(f"{Path.cwd()} has no dvc.yaml beside a .dvc folder: go to the repository's root and repeat")
     try:
-        with Repo(str(root)) as repo:
+        with Repo() as repo:
             graph = repo.index.graph
             place = {stage.addressing: number for number, stage in enumerate(repo.index.stages)}
             needs = {stage.addressing: [n.addressing for n in graph.successors(stage)] for stage in graph}
@@ -123,7 +121,7 @@ def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def start_warded(
-    command: list[str], *, grace_seconds: float, env: Mapping[str, str], stdout: int, root: Path | None = None
+    command: list[str], *, grace_seconds: float, env: Mapping[str, str], stdout: int
 ) -> subprocess.Popen[str]:
     """Start `command` under a warden: it ends, and all it started, when `stdin` is closed or we die."""
     script = [sys.executable, "-I", "-S", warden.__file__, str(grace_seconds)]
@@ -135,7 +133,6 @@ def start_warded(
         encoding="utf-8",
         errors="replace",
         env=env,
-        cwd=root,
         start_new_session=True,  # Ctrl-C in the terminal reaches us, and we end the stage in order
     )
 
@@ -189,10 +186,9 @@ def close(process: subprocess.Popen[str]) -> None:
 
 
 class StageRunner:
-    """Runs stages of the repository at `root`, several at once from threads; leaving the context ends them all.
+    """Runs stages of the current directory's repository, several at once from threads; leaving it ends them all.
 
     Args:
-        root: the repository's root.
         grace_seconds: between TERM, on which a trainer saves, and KILL.
         force: run also what DVC holds to be unchanged.
         env: added to the stages' environment.
@@ -200,13 +196,12 @@ class StageRunner:
 
     def __init__(
         self,
-        root: Path = Path(),
         *,
         grace_seconds: float = 60.0,
         force: bool = False,
         env: Mapping[str, str] | None = None,
     ):
-        self.root, self.grace_seconds = root, grace_seconds
+        self.grace_seconds = grace_seconds
         self.command = [sys.executable, "-P", "-m", "dvc", "--wait-for-lock", "repro", "-s"]
         self.command += ["--force"] if force else []
         self.env = child_environment(env)
@@ -231,7 +226,6 @@ class StageRunner:
                 grace_seconds=self.grace_seconds,
                 env=self.env,
                 stdout=subprocess.PIPE,
-                root=self.root,
             )
             self.running[stage] = process
         assert process.stdout is not None

@@ -8,6 +8,7 @@ grace period for all of them, then KILLs what is left. HURRY cuts the wait short
 command itself ends and leaves children behind, so "the warden has exited" means "nothing of it runs".
 
 A pipe, because it works on Linux and macOS, for every cause of death, and whatever thread started the command.
+The command's output goes through the warden: a trainer whose reader has died must still be able to print "saving".
 On Linux the warden also adopts orphans (PR_SET_CHILD_SUBREAPER), so that children in sessions of their own
 (torchrun's workers) are found; elsewhere only the group is ended.
 
@@ -36,8 +37,13 @@ def prctl(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-def start(command: list[str]) -> int:
-    """Start `command` in a new process group, without stdin; its process id, which is the group's."""
+def start(command: list[str], output: int) -> int:
+    """Start `command` in a new process group, without stdin; its process id, which is the group's.
+
+    Args:
+        command: program and arguments.
+        output: file descriptor that becomes its stdout and stderr.
+    """
     pid = os.fork()
     if pid:
         with contextlib.suppress(OSError):  # both sides set it: whoever comes first
@@ -49,6 +55,8 @@ def start(command: list[str]) -> int:
         for number in (*END_SIGNALS, signal.SIGPIPE):  # Python ignores SIGPIPE, and exec would hand that on
             signal.signal(number, signal.SIG_DFL)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
         os.execvp(command[0], command)
     except OSError as error:
         print(f"cannot run {command[0]}: {error.strerror}", file=sys.stderr, flush=True)
@@ -104,7 +112,11 @@ class Warden:
         for number in END_SIGNALS:
             signal.signal(number, self._end)
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
-        self.group = start(command)
+        self.output, write_end = os.pipe()
+        self.group = start(command, write_end)
+        os.close(write_end)
+        os.set_blocking(self.output, False)
+        self.reader_lives = True
 
     def _end(self, number: int, frame: object) -> None:
         self.asked_to_end = True
@@ -116,12 +128,26 @@ class Warden:
                 if ended[0] == self.group:
                     self.status = ended[1]
 
+    def _relay(self) -> None:
+        """Hand on what the command has printed; if nobody reads it any more, let it go."""
+        with contextlib.suppress(BlockingIOError):
+            while text := os.read(self.output, 65536):
+                try:
+                    while self.reader_lives and text:
+                        text = text[os.write(1, text) :]
+                except BrokenPipeError:
+                    self.reader_lives = False
+            os.close(self.output)  # its end
+            self.output = -1
+
     def _wait(self, seconds: float | None, parent: int | None) -> bytes | None:
-        """Sleep until a signal, a word from the parent, or the time is over; what the parent said, if it did."""
-        sources = [self.wake_read] if parent is None else [self.wake_read, parent]
+        """Sleep until a signal, output, a word from the parent, or the time is over; the word, if there was one."""
+        sources = [fd for fd in (self.wake_read, self.output, parent) if fd is not None and fd >= 0]
         ready, _, _ = select.select(sources, [], [], seconds)
         if self.wake_read in ready:
             os.read(self.wake_read, 512)
+        if self.output in ready:
+            self._relay()
         return os.read(parent, 1) if parent is not None and parent in ready else None
 
     def run(self) -> int:
@@ -142,7 +168,7 @@ class Warden:
         while True:
             group_lives, others = signal_group(self.group, 0), descendants()
             if not group_lives and not others:
-                return
+                return self._relay() if self.output >= 0 else None
             if hurry or time.monotonic() >= deadline:
                 signal_group(self.group, signal.SIGKILL)
                 signal_each(others, signal.SIGKILL)
