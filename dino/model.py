@@ -29,7 +29,7 @@ class DINO(nn.Module):
     The teacher's backbone should have no stochastic depth of its own (drop_path_rate 0, the default).
 
     Raises:
-        ValueError: Teacher and student differ in architecture.
+        ValueError: Teacher and student differ in architecture, or share parameters.
     """
 
     def __init__(
@@ -42,6 +42,8 @@ class DINO(nn.Module):
             self.teacher.load_state_dict(self.student.state_dict())
         except RuntimeError as error:
             raise ValueError(f"teacher and student must have the same architecture: {error}") from error
+        if {id(p) for p in self.student.parameters()} & {id(p) for p in self.teacher.parameters()}:
+            raise ValueError("teacher and student share parameters: make a separate backbone and head for the teacher")
         self.teacher.requires_grad_(False)
 
     def forward(

@@ -31,11 +31,12 @@ def position_resampling(grid: int, rows: int, columns: int, dtype: torch.dtype, 
     Bicubic resampling is linear in the embedding, so one small matrix does it: a product whose gradient is
     repeatable on every device, which the interpolation's own is not. The scale (size + .1) / grid is the reference's.
     """
-    basis = torch.eye(grid * grid, dtype=dtype).reshape(1, grid * grid, grid, grid)
-    scale = ((rows + 0.1) / grid, (columns + 0.1) / grid)
-    resampled = F.interpolate(basis, scale_factor=scale, mode="bicubic", align_corners=False)
-    assert resampled.shape[-2:] == (rows, columns)
-    return resampled.reshape(grid * grid, rows * columns).T.contiguous().to(device)
+    with torch.inference_mode(False):  # remembered: a matrix made in inference mode could not train later
+        basis = torch.eye(grid * grid, dtype=dtype).reshape(1, grid * grid, grid, grid)
+        scale = ((rows + 0.1) / grid, (columns + 0.1) / grid)
+        resampled = F.interpolate(basis, scale_factor=scale, mode="bicubic", align_corners=False)
+        assert resampled.shape[-2:] == (rows, columns)
+        return resampled.reshape(grid * grid, rows * columns).T.contiguous().to(device)
 
 
 class PatchEmbed(nn.Module):
