@@ -103,17 +103,21 @@ def _ranges(c: PretrainConfig) -> list[tuple[bool, str, str]]:
         *((getattr(c, name) >= 1, name, "choose 1 or more") for name in (*at_least_one, *optional)),
         *((getattr(c, name) > 0, name, "choose more than 0") for name in positive),
         *((getattr(c, name) >= 0, name, "choose 0 or more") for name in not_negative),
-        *((all(0 <= p <= 1 for p in getattr(c, name)), name, "choose three shares from 0 to 1")
-          for name in ("blur_p", "solarize_p")),
-        *((0 < getattr(c, name)[0] <= getattr(c, name)[1] <= 1, name, "choose 0 < low <= high <= 1")
+        *((len(getattr(c, name)) == 3 and all(0 <= p <= 1 for p in getattr(c, name)), name,
+           "choose three shares from 0 to 1") for name in ("blur_p", "solarize_p")),
+        *((_is_range(getattr(c, name)) and getattr(c, name)[1] <= 1, name, "choose 0 < low <= high <= 1")
           for name in ("global_scale", "local_scale")),
-        *((0 < getattr(c, name)[0] <= getattr(c, name)[1], name, "choose two numbers, 0 < low <= high")
+        *((_is_range(getattr(c, name)), name, "choose two numbers, 0 < low <= high")
           for name in ("ratio", "blur_radius")),
         (0 <= c.hue <= 0.5, "hue", "choose a share of the colour circle from 0 to 0.5"),
         (0 <= c.drop_path_rate < 1, "drop_path_rate", "choose a share from 0 to below 1"),
         (c.precision in PRECISIONS, "precision", _choice(c.precision, PRECISIONS)),
         (c.arch in ARCHITECTURES, "arch", _choice(c.arch, ARCHITECTURES)),
     ]  # fmt: skip
+
+
+def _is_range(bounds: tuple[float, ...]) -> bool:
+    return len(bounds) == 2 and 0 < bounds[0] <= bounds[1]
 
 
 def _choice(value: str, choices: tuple[str, ...]) -> str:
