@@ -182,16 +182,22 @@ def color_jitter(images: Tensor, draws_N: CropDraws) -> Tensor:
 
 
 def blur_weights(radius_N: Tensor, px: int) -> Tensor:
-    """Matrix [N, P, P] of a Gaussian of this standard deviation along one axis, edge pixels repeated outwards."""
-    reach = math.ceil(BLUR_REACH * float(radius_N.max()))
-    positions = torch.arange(-reach, px + reach, dtype=radius_N.dtype)
-    distance = positions - torch.arange(px, dtype=radius_N.dtype)[:, None]
-    kernel = torch.exp(-0.5 * (distance / radius_N[:, None, None]) ** 2)
-    kernel = torch.where(distance.abs() <= reach, kernel, 0.0)
-    kernel = kernel / kernel.sum(dim=-1, keepdim=True)
-    weights = kernel[..., reach : reach + px].clone()
-    weights[..., 0] += kernel[..., :reach].sum(dim=-1)
-    weights[..., -1] += kernel[..., reach + px :].sum(dim=-1)
+    """Matrix [N, P, P] of a Gaussian of this standard deviation along one axis, edge pixels repeated outwards.
+
+    Bit for bit a function of the row's own radius: each kernel is cut at its own reach, and sums begin at the far end,
+    where the zeros that a longer kernel of another row brings change nothing.
+    """
+    farthest = max(math.ceil(BLUR_REACH * float(radius_N.max())), px)
+    distance = torch.arange(farthest, -1, -1, dtype=radius_N.dtype)
+    kernel = torch.exp(-0.5 * (distance / radius_N[:, None]) ** 2)
+    kernel = torch.where(distance <= (BLUR_REACH * radius_N[:, None]).ceil(), kernel, 0.0)
+    at_least = kernel.cumsum(dim=1)  # one side's weight at this distance and beyond
+    total = 2 * at_least[:, -1:] - kernel[:, -1:]
+    kernel, at_least = kernel / total, at_least / total
+    place = torch.arange(px)
+    weights = kernel[:, farthest - (place - place[:, None]).abs()]
+    weights[..., 0] += at_least[:, farthest - place - 1]
+    weights[..., -1] += at_least[:, farthest - place.flip(0) - 1]
     return weights
 
 

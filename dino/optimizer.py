@@ -22,6 +22,18 @@ def parameter_groups(module: nn.Module) -> list[dict[str, list[nn.Parameter]]]:
     ]
 
 
+def build_optimizer(module: nn.Module) -> torch.optim.AdamW:
+    """AdamW over the two groups; learning rate and weight decay are set anew each step."""
+    return torch.optim.AdamW(parameter_groups(module), fused=True)
+
+
+def set_schedule(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    """This step's values; weight decay on the decayed group only."""
+    decayed, not_decayed = optimizer.param_groups
+    decayed.update(lr=lr, weight_decay=weight_decay)
+    not_decayed.update(lr=lr, weight_decay=0.0)
+
+
 @torch.no_grad()
 def clip_each_gradient(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale each gradient whose own norm exceeds max_norm to it; no clipping where max_norm is 0.

@@ -1,0 +1,83 @@
+"""Checkpoints: safetensors with one JSON entry of facts; whole or not at all, verified when read, no code in them."""
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dino.files import whole_file
+from dino.vision_transformer import VisionTransformer
+
+BACKBONE_FORMAT = "dino-backbone-1"
+FACTS = "dino"  # the one metadata entry: safetensors writes several in no fixed order, and bytes must repeat
+
+
+def _checksum(tensors: dict[str, Tensor]) -> int:
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(
+            tensors[name].flatten().view(torch.uint8).numpy().data, zlib.crc32(name.encode(), value)
+        )
+    return value
+
+
+def save_tensors(path: str | Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write tensors and facts; the same content gives the same bytes, and the file appears whole or not at all."""
+    content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps({**facts, "crc32": _checksum(content)}, sort_keys=True, allow_nan=False)
+    with whole_file(path) as aside:
+        save_file(content, aside, metadata={FACTS: text})
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors on the CPU and facts.
+
+    Raises:
+        ValueError: No such file, not one of ours, cut short or altered.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no checkpoint at {path}; run the stage that writes it, or `dvc checkout {path}`")
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {})[FACTS])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no checkpoint of this project, or it is cut short ({error!r})") from error
+    if facts.pop("crc32", None) != _checksum(tensors):
+        raise ValueError(f"{path} was altered or damaged: its checksum does not match; restore it")
+    return tensors, facts
+
+
+def load_backbone(path: str | Path) -> tuple[VisionTransformer, dict[str, Any]]:
+    """The backbone in eval mode and its facts: arch, seed, channels, mean, std, params, data_md5, key.
+
+    Raises:
+        ValueError: Not a backbone of this project, with the first keys that do not fit.
+    """
+    tensors, facts = load_tensors(path)
+    if facts.get("format") != BACKBONE_FORMAT:
+        raise ValueError(f"{path} is no backbone (format {facts.get('format')!r}); give models/teacher.safetensors")
+    backbone = VisionTransformer(**facts["arch"])
+    try:
+        backbone.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: weights do not fit its own architecture {facts['arch']}: {error}") from error
+    return backbone.eval(), facts
+
+
+def seeded_backbone(arch: dict[str, Any], seed: int) -> VisionTransformer:
+    """A network with the initial weights of this seed; the global generator stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return VisionTransformer(**arch)
+
+
+def untrained_backbone(facts: dict[str, Any]) -> VisionTransformer:
+    """The network that a checkpoint's training began with, in eval mode."""
+    return seeded_backbone(facts["arch"], facts["seed"]).eval()

@@ -1,0 +1,49 @@
+"""From settings to networks: the student's backbone and head, the teacher's, with seeded initial weights."""
+
+from typing import Any
+
+import torch
+
+from dino.config import PretrainConfig
+from dino.head import DINOHead
+from dino.model import DINO
+from dino.vision_transformer import NAMED_SIZES, VisionTransformer
+
+
+def backbone_arch(config: PretrainConfig, channels: int) -> dict[str, Any]:
+    """Arguments of VisionTransformer; a setting of null is the named size's own."""
+    chosen = {name: getattr(config, name) or own for name, own in NAMED_SIZES[config.arch].items()}
+    return {
+        "img_size": config.global_px,
+        "patch_size": config.patch_size,
+        "in_chans": channels,
+        **chosen,
+        "drop_path_rate": 0.0,
+    }
+
+
+def build_dino(config: PretrainConfig, channels: int) -> DINO:
+    """Student and teacher with the initial weights of config.seed; the global generator stays as it was.
+
+    The backbone is drawn first, so that its weights are those of `checkpoint.seeded_backbone` with the same seed.
+
+    Raises:
+        ValueError: A width that the heads do not divide.
+    """
+    arch = backbone_arch(config, channels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        student = VisionTransformer(**{**arch, "drop_path_rate": config.drop_path_rate})
+        heads = [
+            DINOHead(
+                arch["embed_dim"],
+                config.out_dim,
+                use_bn=config.head_batch_norm,
+                norm_last_layer=config.norm_last_layer,
+                nlayers=config.head_layers,
+                hidden_dim=config.hidden_dim,
+                bottleneck_dim=config.bottleneck_dim,
+            )
+            for _ in range(2)
+        ]
+        return DINO(student, VisionTransformer(**arch), *heads)

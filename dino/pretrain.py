@@ -1,0 +1,318 @@
+"""Pretraining: THE loop, and one step of it (paper section 3.1, algorithm 1).
+
+Legend: B images of the global batch, V views, K prototypes. Shapes of rows follow the ranks: each takes its share.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dino import draws, health
+from dino.augment import multi_crop
+from dino.config import PretrainConfig
+from dino.distributed import World
+from dino.images import ImageBatch, ImageTable
+from dino.loss import dino_loss
+from dino.model import DINO
+from dino.networks import build_dino
+from dino.optimizer import build_optimizer, clip_each_gradient, freeze_last_layer, set_schedule
+from dino.schedules import cosine, teacher_temperature
+from dino.training_state import TrainingState, capture, restore
+
+MicroBatch = tuple[list[Tensor], list[Tensor | None]]  # crops, and each crop's draws of stochastic depth
+
+CURVE_POINTS = 400  # of a whole run: enough to see everything, few enough to plot
+CURVE_COLUMNS = (
+    *("step", "epoch", "loss", "kl", "teacher_entropy", "batch_entropy", "feature_std", "rank_me", "grad_norm"),
+    *("lr", "weight_decay", "ema_momentum", "teacher_temp"),
+)
+MIN_CURVE_STEPS = 10  # a point each so many steps at least: reading numbers off a device makes it wait
+
+
+class Interrupted(Exception):  # noqa: N818 (no error: asked to stop, state saved)
+    """Asked to stop; the state is saved and the same call goes on from there."""
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What the schedules say for one step."""
+
+    lr: float
+    weight_decay: float
+    ema_momentum: float
+    teacher_temp: float
+    freeze_last_layer: bool
+
+
+def step_settings(config: PretrainConfig, step: int, steps_per_epoch: int) -> StepSettings:
+    """The schedules as a pure function of the step."""
+    total = config.epochs * steps_per_epoch
+    warmup = int(config.warmup_epochs * steps_per_epoch)
+    return StepSettings(
+        lr=cosine(step, base=config.lr_peak, final=config.lr_final, total_steps=total, warmup_steps=warmup),
+        weight_decay=cosine(step, base=config.weight_decay, final=config.weight_decay_final, total_steps=total),
+        ema_momentum=cosine(step, base=config.ema_momentum, final=1.0, total_steps=total),
+        teacher_temp=teacher_temperature(
+            step // steps_per_epoch,
+            start=config.teacher_temp_start,
+            final=config.teacher_temp,
+            warmup_epochs=config.teacher_temp_warmup_epochs,
+        ),
+        freeze_last_layer=step < config.freeze_last_layer_epochs * steps_per_epoch,
+    )
+
+
+@dataclass
+class StepResult:
+    """What a step leaves to look at; tensors on the device, nothing waited for."""
+
+    loss: Tensor
+    center: Tensor
+    gradient_norms: Tensor
+    teacher_out: Tensor
+
+
+def train_step(
+    dino: DINO,
+    optimizer: torch.optim.Optimizer,
+    center: Tensor,
+    micro_batches: Sequence[MicroBatch],
+    settings: StepSettings,
+    config: PretrainConfig,
+    world: World,
+    precision: torch.dtype = torch.float32,
+) -> StepResult:
+    """One optimizer step: forward and backward of each micro-batch with the old centre, then everything moves once.
+
+    Args:
+        dino: Student and teacher; changed.
+        optimizer: Of the student's parameters; changed.
+        center: [1, K]; not changed.
+        micro_batches: Crops of this rank's share, each with the draws of stochastic depth of each crop; equal sizes.
+        settings: The schedules' values.
+        config: Temperatures, clipping.
+        world: Ranks, which average gradients, centre and loss in one all-reduce.
+        precision: Of the matrix products; softmaxes and weights stay in their own.
+    """
+    set_schedule(optimizer, settings.lr, settings.weight_decay)
+    optimizer.zero_grad(set_to_none=True)
+    losses, centers = [], []
+    for crops, drop_path_draws in micro_batches:
+        with torch.autocast(crops[0].device.type, dtype=precision, enabled=precision == torch.bfloat16):
+            student_out, teacher_out = dino(crops, drop_path_draws)
+            loss, moved_center = dino_loss(
+                student_out,
+                teacher_out,
+                center,
+                student_temp=config.student_temp,
+                teacher_temp=settings.teacher_temp,
+                center_momentum=config.center_momentum,
+            )
+        (loss / len(micro_batches)).backward()
+        losses.append(loss.detach())
+        centers.append(moved_center)
+    loss, new_center = torch.stack(losses).mean(), torch.stack(centers).mean(dim=0)
+    loss, new_center = average_over_ranks(world, dino.student.parameters(), loss, new_center)
+    gradient_norms = clip_each_gradient(dino.student.parameters(), config.clip_norm)
+    if settings.freeze_last_layer:
+        freeze_last_layer(dino.student)
+    optimizer.step()
+    dino.update_teacher(settings.ema_momentum)
+    return StepResult(loss, new_center, gradient_norms, teacher_out)
+
+
+def average_over_ranks(
+    world: World, parameters: Iterator[torch.nn.Parameter], loss: Tensor, center: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean over ranks of gradients (in place), loss and centre: one all-reduce a step."""
+    if world.size == 1:
+        return loss, center
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    tensors = [*gradients, center, loss]
+    parts = world.mean(torch.cat([t.flatten() for t in tensors])).split([t.numel() for t in tensors])
+    for gradient, part in zip(gradients, parts, strict=False):
+        gradient.copy_(part.view_as(gradient))
+    return parts[-1].view_as(loss), parts[-2].view_as(center)
+
+
+def run_length(config: PretrainConfig, images: int) -> tuple[int, int, int]:
+    """Steps of an epoch (the remainder of images is dropped), of the run, and between two points of the curve."""
+    steps_per_epoch = images // config.batch
+    total_steps = config.epochs * steps_per_epoch
+    return steps_per_epoch, total_steps, max(MIN_CURVE_STEPS, total_steps // CURVE_POINTS)
+
+
+def drop_path_draws(config: PretrainConfig, depth: int, step: int, batch_rows: Tensor) -> list[Tensor | None]:
+    """Draws of stochastic depth of each view, [depth, 2, B]; None where nothing is dropped."""
+    if config.drop_path_rate == 0.0:
+        return [None] * config.views
+    return [
+        draws.uniform(config.seed, draws.DROP_PATH + view, step, batch_rows, 2 * depth).T.reshape(depth, 2, -1)
+        for view in range(config.views)
+    ]
+
+
+def make_micro_batches(
+    config: PretrainConfig,
+    depth: int,
+    step: int,
+    images: ImageBatch,
+    batch_rows: Tensor,
+    table: ImageTable,
+    device: torch.device,
+) -> list[MicroBatch]:
+    """Crops, made on the training device, and draws of each micro-batch."""
+    pixels = images.pixels_BCHW.to(device, non_blocking=True)
+    micro_batches = []
+    for part in torch.arange(len(batch_rows)).chunk(config.micro_batches):
+        batch = ImageBatch(pixels[part[0] : part[-1] + 1], images.sizes_B2[part])
+        crops = multi_crop(batch, config=config, step=step, rows=batch_rows[part], mean=table.mean, std=table.std)
+        micro_batches.append((crops, drop_path_draws(config, depth, step, batch_rows[part])))
+    return micro_batches
+
+
+def refuse_not_finite(values: dict[str, float], step: int) -> None:
+    """Stop a training that computes nothing any more.
+
+    Raises:
+        FloatingPointError: A value is NaN or infinite.
+    """
+    if bad := [name for name, value in values.items() if not math.isfinite(value)]:
+        raise FloatingPointError(f"step {step}: {', '.join(bad)} not finite. {health.DIVERGING.advice}")
+
+
+def curve_point(
+    dino: DINO,
+    result: StepResult,
+    old_center: Tensor,
+    mean_loss: Tensor,
+    first_crop: Tensor,
+    settings: StepSettings,
+    world: World,
+) -> dict[str, float]:
+    """Numbers of a step to look at; the one place that waits for the device."""
+    with torch.no_grad():
+        features_BD = dino.teacher.backbone(first_crop)
+    vital = health.measure(result.teacher_out, old_center, settings.teacher_temp, features_BD)
+    vital["kl"] = result.loss - vital["teacher_entropy"]
+    vital |= {"loss": mean_loss, "grad_norm": result.gradient_norms.norm()}
+    values = world.mean(torch.stack([value.double() for value in vital.values()])).tolist()
+    return {
+        **dict(zip(vital, values, strict=True)),
+        "lr": settings.lr,
+        "weight_decay": settings.weight_decay,
+        "ema_momentum": settings.ema_momentum,
+        "teacher_temp": settings.teacher_temp,
+    }
+
+
+@contextmanager
+def repeatable(deterministic: bool) -> Iterator[None]:
+    """Only operations whose result repeats to the bit, while it lasts."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def check_fits(config: PretrainConfig, images: int, world: World) -> None:
+    """Refuse what cannot be trained.
+
+    Raises:
+        ValueError: Fewer images than a batch, or a batch that ranks and micro-batches do not divide.
+    """
+    if images < config.batch:
+        raise ValueError(
+            f"pretrain.batch is {config.batch}, but there are {images} training images: choose at most {images}"
+        )
+    if config.batch % (world.size * config.micro_batches):
+        raise ValueError(
+            f"pretrain.batch ({config.batch}) does not divide among {world.size} processes and "
+            f"{config.micro_batches} micro_batches: choose a multiple of {world.size * config.micro_batches}"
+        )
+
+
+def pretrain(
+    config: PretrainConfig,
+    table: ImageTable,
+    *,
+    world: World,
+    precision: torch.dtype,
+    state: TrainingState | None = None,
+    report: Callable[[int, dict[str, float]], None] = lambda step, point: None,
+    save: Callable[[TrainingState], None] = lambda state: None,
+    should_save: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> TrainingState:
+    """Train to the end and return the final state.
+
+    Args:
+        config: What chooses the result.
+        table: The training images.
+        world: Ranks and device.
+        precision: Of the matrix products: torch.float32 or torch.bfloat16.
+        state: A saved state to go on from; the result is the same to the bit as without the interruption.
+        report: Called after each step, with a point of the curve at some and an empty dict at the others.
+        save: Called with the state to keep; every rank calls it, the main one should write.
+        should_save: Asked after each step.
+        should_stop: Asked after each step; True saves and raises Interrupted.
+
+    Raises:
+        ValueError: Settings that do not fit the data or the ranks.
+        FloatingPointError: The training is no longer finite; what was saved before stays.
+        Interrupted: should_stop said so.
+    """
+    check_fits(config, len(table), world)
+    steps_per_epoch, total_steps, point_steps = run_length(config, len(table))
+    dino = build_dino(config, table.channels).to(world.device)
+    depth = len(dino.student.backbone.blocks)  # type: ignore[arg-type]
+    optimizer = build_optimizer(dino.student)
+    step, curve = 0, []
+    center, loss_sum = torch.zeros(1, config.out_dim, device=world.device), torch.zeros((), device=world.device)
+    if state is not None:
+        step, curve = state.step, list(state.curve)
+        center, loss_sum = restore(state, dino, optimizer)
+    if config.compile:
+        dino.student.compile()
+        dino.teacher.compile()
+
+    def load(step: int) -> tuple[ImageBatch, Tensor]:
+        order = draws.epoch_order(config.seed, step // steps_per_epoch, len(table))
+        batch_rows = torch.tensor(world.rows(config.batch))
+        rows = order[(step % steps_per_epoch) * config.batch + batch_rows]
+        return table.batch(rows.tolist()), batch_rows
+
+    with repeatable(config.deterministic), ThreadPoolExecutor(1) as loader:
+        ahead = loader.submit(load, step)
+        while step < total_steps:
+            images, batch_rows = ahead.result()
+            if step + 1 < total_steps:
+                ahead = loader.submit(load, step + 1)
+            settings = step_settings(config, step, steps_per_epoch)
+            batches = make_micro_batches(config, depth, step, images, batch_rows, table, world.device)
+            result = train_step(dino, optimizer, center, batches, settings, config, world, precision)
+            old_center, center = center, result.center
+            loss_sum = loss_sum + result.loss
+            step += 1
+            point: dict[str, float] = {}
+            if step % point_steps == 0 or step == total_steps:
+                mean_loss = loss_sum / ((step - 1) % point_steps + 1)
+                point = {"step": step, "epoch": step / steps_per_epoch}
+                point |= curve_point(dino, result, old_center, mean_loss, batches[0][0][0], settings, world)
+                refuse_not_finite(point, step)
+                loss_sum = torch.zeros_like(loss_sum)
+                curve.append(point)
+            report(step, point)
+            if (stop := should_stop()) or should_save():
+                refuse_not_finite({"loss": float(loss_sum)}, step)
+                save(capture(step, curve, dino, optimizer, center, loss_sum))
+            if stop:
+                raise Interrupted(f"stopped after step {step} of {total_steps}")
+    return capture(step, curve, dino, optimizer, center, loss_sum)

@@ -1,0 +1,180 @@
+"""Stage pretrain: DINO self-distillation on the prepared training images."""
+
+import csv
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+
+from dino.checkpoint import BACKBONE_FORMAT, save_tensors
+from dino.config import PretrainConfig
+from dino.distributed import World
+from dino.files import whole_file
+from dino.fingerprint import intent_key
+from dino.health import Diagnosis, diagnose
+from dino.images import ImageTable
+from dino.networks import backbone_arch
+from dino.precision import NAMES, resolve_precision
+from dino.pretrain import CURVE_COLUMNS, Interrupted, pretrain, run_length
+from dino.training_state import TrainingState, save_state
+from pipelines import paths, tracking
+from pipelines.crop_sheet import crop_sheet
+from pipelines.params import Params
+from pipelines.progress import progress
+from pipelines.resumable import Resumable, environment
+from pipelines.stage import Requeue, run_stage
+from pipelines.warden import PR_SET_PDEATHSIG, prctl
+
+SHEET_IMAGES = 8
+
+
+class StopRequest:
+    """Whether TERM or INT asked to stop: the first saves and ends, a second one ends at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # where DVC is killed outright, no orphan trains on
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def __call__(self) -> bool:
+        """Whether to stop."""
+        return self.asked
+
+
+def every(minutes: float) -> Callable[[], bool]:
+    """True once each so many minutes."""
+    last = time.monotonic()
+
+    def due() -> bool:
+        nonlocal last
+        if time.monotonic() - last < 60 * minutes:
+            return False
+        last = time.monotonic()
+        return True
+
+    return due
+
+
+def main(params: Params) -> None:
+    """Train, resuming where a run of the same KEY was interrupted, and write teacher, state, curve and metrics."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # repeatable products on CUDA, set before its start
+    table = ImageTable(paths.TRAIN_IMAGES)
+    with World.start() as world:
+        chosen = asdict(params.pretrain) | {"precision": resolve_precision(params.pretrain.precision, world.device)}
+        config, data_md5 = PretrainConfig(**chosen), table.digest()
+        key = intent_key(chosen, data_md5)
+        stop = StopRequest()
+        resumable = Resumable(key, environment(world.size, world.device))
+        state = resumable.load()
+        _, total_steps, _ = run_length(config, len(table))
+        first = state.step if state else 0
+        print(
+            f"pretrain: {len(table):,} images, {config.epochs} epochs, {total_steps:,} steps of {config.batch} on "
+            f"{world.device.type} in {config.precision}, key {key}"
+            + (f"; resuming after step {first:,}" if first else ""),
+            flush=True,
+        )
+        with tracking.pretraining(params, key, resolved=chosen) as tracker:
+            with progress("pretrain:", (total_steps - first) * config.batch) as advance:
+                began = time.monotonic()
+
+                def report(step: int, point: dict[str, float]) -> None:
+                    advance(config.batch, f"loss {point['loss']:.3f}" if point else "")
+                    if point:
+                        rate = (step - first) * config.batch / (time.monotonic() - began)
+                        tracker.log_curve_points([(step, {**point, "images_per_second": rate})])
+
+                try:
+                    final = pretrain(
+                        config,
+                        table,
+                        world=world,
+                        precision=NAMES[config.precision],
+                        state=state,
+                        report=report,
+                        save=resumable.save,
+                        should_save=every(params.runtime.pretrain.save_minutes),
+                        should_stop=stop,
+                    )
+                except Interrupted as stopped:
+                    raise Requeue(f"{stopped}; its state is saved, run the same command again to go on") from None
+            if first < total_steps:
+                resumable.save(final)  # a lost lock, or DVC killed before it recorded the outs, then costs seconds
+            write_results(config, table, final, key, data_md5, resumable.bit_exact)
+
+
+def write_results(
+    config: PretrainConfig, table: ImageTable, final: TrainingState, key: str, data_md5: str, bit_exact: bool
+) -> None:
+    """Everything DVC keeps of a training; nothing in it varies from run to run."""
+    arch = backbone_arch(config, table.channels)
+    facts = {
+        "arch": arch,
+        "seed": config.seed,
+        "channels": table.channels,
+        "mean": table.mean,
+        "std": table.std,
+        "params": asdict(config),
+        "data_md5": data_md5,
+        "key": key,
+    }
+    backbone = {
+        name.removeprefix("teacher.backbone."): tensor
+        for name, tensor in final.tensors.items()
+        if name.startswith("teacher.backbone.")
+    }
+    save_tensors(paths.TEACHER, backbone, {**facts, "format": BACKBONE_FORMAT})
+    save_state(paths.TRAINING_STATE, final, facts)
+    write_curve(final.curve)
+    crop_sheet(table, config, paths.CROPS_PICTURE)
+    health = diagnose_run(config, final, table)
+    steps_per_epoch, total_steps, _ = run_length(config, len(table))
+    last_epoch = [point for point in final.curve if point["step"] > total_steps - steps_per_epoch]
+    last = final.curve[-1]
+    tracking.write_metrics(
+        paths.PRETRAIN_METRICS,
+        {
+            "loss": sum(point["loss"] for point in last_epoch) / len(last_epoch),
+            "prototypes_log": math.log(config.out_dim),
+            **{name: last[name] for name in ("teacher_entropy", "batch_entropy", "kl", "feature_std", "rank_me")},
+            "health": {"state": health.state, "advice": health.advice},
+            "epochs": config.epochs,
+            "steps": total_steps,
+            "images_seen": total_steps * config.batch,
+            "parameters": sum(tensor.numel() for tensor in backbone.values()),
+            "precision": config.precision,
+            "key": key,
+            "bit_exact": bit_exact,
+        },
+    )
+    print(f"pretrain: {health.state}. {health.advice}")
+
+
+def diagnose_run(config: PretrainConfig, final: TrainingState, table: ImageTable) -> Diagnosis:
+    """The state of the finished training."""
+    return diagnose(
+        final.curve,
+        prototypes=config.out_dim,
+        batch=config.batch,
+        width=backbone_arch(config, table.channels)["embed_dim"],
+        total_steps=run_length(config, len(table))[1],
+    )
+
+
+def write_curve(curve: list[dict[str, float]]) -> None:
+    """The curve as DVC's plots read it."""
+    with whole_file(paths.PRETRAIN_CURVES) as aside, aside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=CURVE_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(curve)
+
+
+if __name__ == "__main__":
+    run_stage("pretrain", main)
