@@ -1,0 +1,42 @@
+# make run: everything, from a fresh clone to the table. make test: ruff, types, tests. make help: all of them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export DO_NOT_TRACK = true
+
+.PHONY: help run test acceptance ui flow install clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(STAMP): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; name one: make PYTHON=python3.12 run")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+install: $(STAMP) ## .venv with the pinned packages
+
+run: $(STAMP) ## data, pretraining, evaluation, report; then the table of scores
+	@dvc repro
+	@python -m pipelines.summary
+
+test: $(STAMP) ## ruff, types, tests, and the whole pipeline on a tiny data set
+	ruff check .
+	ruff format --check .
+	mypy
+	pytest
+
+acceptance: $(STAMP) ## the long checks: kills, services, browsers
+	pytest -m acceptance
+
+ui: $(STAMP) ## MLflow's page of the runs, on 127.0.0.1
+	@python -m pipelines.ui
+
+flow: $(STAMP) ## the same pipeline as a Prefect flow
+	@python -m pipelines.flow
+
+clean: ## remove what tests and builds leave (no data, no results)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis dvc_plots
