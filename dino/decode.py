@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 GREY_16_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+THREADS_FROM_BYTES = 8192  # mean encoded size from which on decoding is long enough to pay for threads
 ORIENTATION = 0x0112  # EXIF tag; 1: upright
 _MODES = {1: "L", 3: "RGB"}
 _MAGIC = {
@@ -69,9 +70,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         full = 1.0 if image.mode == "F" else 65535.0
         if not (values.min() >= 0 and values.max() <= full):
-            raise ValueError(
-                f"values from {values.min()} to {values.max()}; convert it to 8 bits, or to 0..{full:g}"
-            )
+            raise ValueError(f"values from {values.min()} to {values.max()}; convert it to 8 bits, or to 0..{full:g}")
         return Image.fromarray(np.rint(values * (255.0 / full)).astype(np.uint8))
     elif image.mode == "P":
         palette = np.asarray(image.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)

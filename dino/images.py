@@ -21,13 +21,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from dino.decode import decode_image, extension
+from dino.decode import THREADS_FROM_BYTES, decode_image, extension
 from dino.files import whole_file
 
 BATCH_ROWS = 1024  # of an Arrow record batch ...
 BATCH_BYTES = 64 << 20  # ... which ends earlier at this size, so that memory stays bounded
 CACHE_BYTES = 1 << 30  # tables of one image size, smaller than this when decoded, are decoded once
-THREADS_FROM_BYTES = 8192  # mean encoded size from which on decoding is long enough to pay for threads
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 FEATURES = {"id": {"dtype": "string", "_type": "Value"}, "image": {"_type": "Image"}}
 
@@ -116,9 +115,7 @@ class ImageTable:
                 table = reader.read_all()
             self.channels, self.mean, self.std = facts["channels"], facts["mean"], facts["std"]
         except (pa.ArrowException, OSError, KeyError, ValueError) as problem:
-            raise ValueError(
-                f"{self.path} is no image table ({problem!r}); prepare the data again"
-            ) from problem
+            raise ValueError(f"{self.path} is no image table ({problem!r}); prepare the data again") from problem
         self.ids = table.column("id").to_pylist()
         self._chunks = [chunk.field("bytes") for chunk in table.column("image").chunks]
         self._ends = np.cumsum([len(chunk) for chunk in self._chunks]).tolist()
@@ -170,9 +167,7 @@ class ImageTable:
         try:
             return decode_image(self.encoded(row), self.channels)
         except ValueError as problem:
-            raise ValueError(
-                f"{self.path}: image {self.ids[row]}: {problem}; prepare the data again"
-            ) from problem
+            raise ValueError(f"{self.path}: image {self.ids[row]}: {problem}; prepare the data again") from problem
 
 
 def pad(images: Sequence[np.ndarray]) -> ImageBatch:
