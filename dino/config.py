@@ -20,7 +20,6 @@ class PretrainConfig:
     epochs: int = 100
     batch: int = 256
     micro_batches: int = 1
-    initial_weights: str | None = None
 
     arch: str = "vit_small"
     patch_size: int = 16
@@ -28,6 +27,8 @@ class PretrainConfig:
     depth: int | None = None
     num_heads: int | None = None
     drop_path_rate: float = 0.1
+    init_std: float | None = 0.02
+    position_std: float = 0.02
 
     out_dim: int = 65536
     hidden_dim: int = 2048
@@ -93,7 +94,7 @@ def _ranges(c: PretrainConfig) -> list[tuple[bool, str, str]]:
     shares = ("flip", "jitter_p", "grayscale_p", "center_momentum", "ema_momentum")
     at_least_one = ("epochs", "batch", "micro_batches", "patch_size", "out_dim", "hidden_dim", "bottleneck_dim",
                     "head_layers", "global_px", "local_px")  # fmt: skip
-    positive = ("student_temp", "teacher_temp_start", "teacher_temp", "lr_at_256")
+    positive = ("position_std", "student_temp", "teacher_temp_start", "teacher_temp", "lr_at_256")
     not_negative = ("seed", "local_crops", "brightness", "contrast", "saturation", "lr_final", "warmup_epochs",
                     "weight_decay", "weight_decay_final", "clip_norm", "freeze_last_layer_epochs",
                     "teacher_temp_warmup_epochs")  # fmt: skip
@@ -109,6 +110,7 @@ def _ranges(c: PretrainConfig) -> list[tuple[bool, str, str]]:
           for name in ("global_scale", "local_scale")),
         *((_is_range(getattr(c, name)), name, "choose two numbers, 0 < low <= high")
           for name in ("ratio", "blur_radius")),
+        (c.init_std is None or c.init_std > 0, "init_std", "choose more than 0, or null"),
         (0 <= c.hue <= 0.5, "hue", "choose a share of the colour circle from 0 to 0.5"),
         (0 <= c.drop_path_rate < 1, "drop_path_rate", "choose a share from 0 to below 1"),
         (c.precision in PRECISIONS, "precision", _choice(c.precision, PRECISIONS)),

@@ -19,6 +19,8 @@ def backbone_arch(config: PretrainConfig, channels: int) -> dict[str, Any]:
         "in_chans": channels,
         **chosen,
         "drop_path_rate": 0.0,
+        "init_std": config.init_std,
+        "position_std": config.position_std,
     }
 
 

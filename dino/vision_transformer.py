@@ -4,7 +4,7 @@ Shapes: N images, C channels, H x W pixels, T tokens (CLS first), D embedding wi
 """
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -16,10 +16,14 @@ INIT_STD = 0.02
 SDPA_MIN_TOKENS = 128  # below this, on a CPU, explicit attention is faster than the fused kernel
 
 
-def init_linear(module: nn.Module) -> None:
-    """Truncated normal of .02 for Linear weights, zero biases; everything else keeps torch's initialisation."""
+def init_linear(module: nn.Module, std: float | None = INIT_STD) -> None:
+    """Truncated normal for Linear weights, zero biases; everything else keeps torch's initialisation.
+
+    A std of None is 1 / sqrt(inputs): the fixed .02 is made for widths of hundreds, and in a narrow network all but
+    mutes the branches beside the residual stream.
+    """
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=INIT_STD)
+        nn.init.trunc_normal_(module.weight, std=std or module.in_features**-0.5)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
@@ -157,6 +161,9 @@ class VisionTransformer(nn.Module):
         mlp_ratio: Hidden width of the MLP over D.
         qkv_bias: Biases of query, key and value.
         drop_path_rate: Stochastic depth of the last block, rising linearly from 0 with depth; acts in train mode.
+        init_std: Of the initial Linear weights; None is 1 / sqrt(inputs), for networks narrower than the paper's.
+        position_std: Of the initial position embedding and CLS token; where objects stand in fixed places (small,
+            centred images), more than the paper's .02 lets the place count from the start.
 
     Raises:
         ValueError: embed_dim not divisible by num_heads, or an image size not divisible by patch_size.
@@ -173,6 +180,8 @@ class VisionTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         drop_path_rate: float = 0.0,
+        init_std: float | None = INIT_STD,
+        position_std: float = INIT_STD,
     ) -> None:
         super().__init__()
         if embed_dim % num_heads:
@@ -189,6 +198,8 @@ class VisionTransformer(nn.Module):
             "mlp_ratio": mlp_ratio,
             "qkv_bias": qkv_bias,
             "drop_path_rate": drop_path_rate,
+            "init_std": init_std,
+            "position_std": position_std,
         }
         self.embed_dim = embed_dim
         self.patch_size = patch_size
@@ -198,9 +209,9 @@ class VisionTransformer(nn.Module):
         rates = torch.linspace(0.0, drop_path_rate, depth).tolist()
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate) for rate in rates)
         self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
-        nn.init.trunc_normal_(self.pos_embed, std=INIT_STD)
-        nn.init.trunc_normal_(self.cls_token, std=INIT_STD)
-        self.apply(init_linear)
+        nn.init.trunc_normal_(self.pos_embed, std=position_std)
+        nn.init.trunc_normal_(self.cls_token, std=position_std)
+        self.apply(partial(init_linear, std=init_std))
 
     def position_embedding(self, height: int, width: int) -> Tensor:
         """Position embedding [1, T, D] for an image of this size in pixels."""

@@ -20,6 +20,8 @@ REFUSED = [
     *((name, [0, -1], ONE) for name in ("hidden_dim", "bottleneck_dim", "head_layers")),
     *((name, [0, -1], ONE) for name in ("global_px", "local_px", "embed_dim", "depth", "num_heads")),
     *((name, [0.0, -0.1, NAN], POSITIVE) for name in ("student_temp", "teacher_temp_start", "teacher_temp")),
+    ("position_std", [0.0, -0.1, NAN], POSITIVE),
+    ("init_std", [0.0, -0.1, NAN], "more than 0, or null"),
     ("lr_at_256", [0.0, -0.1, NAN], POSITIVE),
     *((name, [-1], ZERO) for name in ("seed", "local_crops", "teacher_temp_warmup_epochs")),
     *((name, [-0.1, NAN], ZERO) for name in ("brightness", "contrast", "saturation", "lr_final")),
@@ -44,7 +46,7 @@ def test_a_value_out_of_range_is_refused(field: str, value: object, cure: str) -
     assert line.startswith(f"{field} is {value!r}: ") and cure in line
 
 
-FREE = {"initial_weights", "norm_last_layer", "head_batch_norm", "compile", "deterministic"}
+FREE = {"norm_last_layer", "head_batch_norm", "compile", "deterministic"}
 
 
 def test_every_field_has_a_refusal_or_cannot_be_wrong() -> None:

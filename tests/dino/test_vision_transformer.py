@@ -205,9 +205,21 @@ def test_settings_override_a_named_size() -> None:
         "mlp_ratio": 4.0,
         "qkv_bias": True,
         "drop_path_rate": 0.0,
+        "init_std": 0.02,
+        "position_std": 0.02,
     }
     again = VisionTransformer(**model.arch)
     again.load_state_dict(model.state_dict())
+
+
+def test_initial_weights_of_a_narrow_network_keep_the_scale_of_their_input() -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=28, patch_size=4, embed_dim=64, depth=2, num_heads=2, init_std=None, position_std=0.5
+    )
+    for layer in (module for module in model.modules() if isinstance(module, torch.nn.Linear)):
+        assert layer.weight.std().item() == pytest.approx(layer.in_features**-0.5, rel=0.1)
+    assert model.pos_embed.std().item() == pytest.approx(0.5, rel=0.1)
 
 
 def test_without_qkv_bias() -> None:
