@@ -21,6 +21,8 @@ REFUSED = [
     *((name, [0, -1], ONE) for name in ("global_px", "local_px", "embed_dim", "depth", "num_heads")),
     *((name, [0.0, -0.1, NAN], POSITIVE) for name in ("student_temp", "teacher_temp_start", "teacher_temp")),
     ("position_std", [0.0, -0.1, NAN], POSITIVE),
+    ("init_std", [0.0, -0.1, NAN], "choose more than 0, or null"),
+    ("position_std", [0.0, -0.1, NAN], POSITIVE),
     ("init_std", [0.0, -0.1, NAN], "more than 0, or null"),
     ("lr_at_256", [0.0, -0.1, NAN], POSITIVE),
     *((name, [-1], ZERO) for name in ("seed", "local_crops", "teacher_temp_warmup_epochs")),
@@ -98,6 +100,7 @@ def test_corners_are_allowed() -> None:
     PretrainConfig(local_crops=0, local_px=7, global_scale=(0.14, 1.0))  # a size that nothing has
     PretrainConfig(ema_momentum=1.0, center_momentum=0.0, clip_norm=0.0, flip=0.0, hue=0.5, drop_path_rate=0.0)
     PretrainConfig(global_scale=(1.0, 1.0), blur_radius=(1.0, 1.0), ratio=(1.0, 1.0))
+    PretrainConfig(init_std=None)
     PretrainConfig(global_scale=[0.4, 1.0], blur_p=[0.0, 0.0, 0.0])  # as YAML gives them
 
 
@@ -108,6 +111,7 @@ def test_defaults_are_the_papers() -> None:
     assert (c.student_temp, c.teacher_temp_start, c.teacher_temp, c.teacher_temp_warmup_epochs) == (
         0.1, 0.04, 0.04, 0,
     )  # fmt: skip
+    assert (c.init_std, c.position_std) == (0.02, 0.02)
     assert (c.clip_norm, c.freeze_last_layer_epochs, c.drop_path_rate) == (3.0, 1, 0.1)
     assert (c.out_dim, c.hidden_dim, c.bottleneck_dim, c.head_layers) == (65536, 2048, 256, 3)
     assert (c.global_px, c.local_px, c.local_crops, c.views) == (224, 96, 8, 10)

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from dino.config import PretrainConfig
 from dino.ema import ema_update
 from dino.model import DINO, DINOHead, VisionTransformer
+from dino.networks import build_dino
 
 
 def backbone(seed: int, **settings) -> VisionTransformer:
@@ -103,3 +105,20 @@ def test_a_teacher_that_is_the_student_is_refused(shared: str) -> None:
 def test_fewer_than_two_crops_are_refused() -> None:
     with pytest.raises(ValueError, match="two global crops"):
         small_dino()(crops()[:1])
+
+
+def test_settings_build_a_student_with_stochastic_depth_and_a_teacher_without() -> None:
+    sizes = {"embed_dim": 24, "depth": 3, "num_heads": 3, "patch_size": 8, "global_px": 16, "local_px": 8}
+    config = PretrainConfig(**sizes, drop_path_rate=0.2, out_dim=32, hidden_dim=28, norm_last_layer=False)
+    before = torch.random.get_rng_state()
+    dino, again = build_dino(config, channels=1), build_dino(config, channels=1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert [block.drop_path_rate for block in dino.student.backbone.blocks] == pytest.approx([0.0, 0.1, 0.2])
+    assert [block.drop_path_rate for block in dino.teacher.backbone.blocks] == [0.0] * 3
+    assert dino.training and dino.student.backbone.patch_embed.proj.in_channels == 1
+    assert dino.student.head.last_layer.weight_g.requires_grad
+    for name, tensor in dino.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], tensor, rtol=0, atol=0)
+    views = [torch.randn(4, 1, 16, 16), torch.randn(4, 1, 16, 16)]
+    torch.testing.assert_close(dino.teacher(views), dino.teacher(views), rtol=0, atol=0)
+    assert not torch.allclose(dino.student(views), dino.student(views))

@@ -1,5 +1,10 @@
 """The whole algorithm, 12 float64 steps by the loop's own train_step, against the reference's; and what a step is."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,7 +13,7 @@ from dino.config import PretrainConfig
 from dino.distributed import World
 from dino.model import DINO, DINOHead, VisionTransformer
 from dino.optimizer import build_optimizer
-from dino.pretrain import MicroBatch, StepResult, step_settings, train_step
+from dino.pretrain import MicroBatch, StepResult, check_fits, run_length, step_settings, train_step
 
 WORLD = World(0, 1, torch.device("cpu"))
 
@@ -16,7 +21,8 @@ WORLD = World(0, 1, torch.device("cpu"))
 class Trajectory:
     """The training that golden/trajectory.npz is of, at its first step."""
 
-    def __init__(self, golden, micro_batches: int = 1) -> None:
+    def __init__(self, golden, micro_batches: int = 1, world: World = WORLD) -> None:
+        self.world = world
         self.reference = golden("trajectory")
         c = self.reference.config
         # every setting below is the reference's; the rest (crops) is not read by a step
@@ -48,7 +54,8 @@ class Trajectory:
         self.center = torch.zeros(1, c["head"]["out_dim"], dtype=torch.float64)
 
     def crops(self, step: int) -> list[Tensor]:
-        data = self.reference["data"][step].double()  # [B, V, C, 16, 16]
+        share = list(self.world.rows(self.config.batch))
+        data = self.reference["data"][step][share].double()  # [B, V, C, 16, 16]
         return [data[:, 0], data[:, 1], data[:, 2, :, 4:12, 4:12], data[:, 3, :, 4:12, 4:12]]
 
     def parts(self, step: int) -> list[MicroBatch]:
@@ -57,7 +64,7 @@ class Trajectory:
 
     def step(self, step: int) -> StepResult:
         settings = step_settings(self.config, step, self.steps_per_epoch)
-        result = train_step(self.dino, self.optimizer, self.center, self.parts(step), settings, self.config, WORLD)
+        result = train_step(self.dino, self.optimizer, self.center, self.parts(step), settings, self.config, self.world)
         self.center = result.center
         return result
 
@@ -76,6 +83,41 @@ def test_golden_trajectory(golden, micro_batches: int) -> None:
     torch.testing.assert_close(run.center, run.reference["centre"], rtol=0, atol=1e-9)
     assert_all_close(run.dino.teacher.state_dict(), run.reference.under("teacher/"), 1e-9)
     assert_all_close(run.dino.student.state_dict(), run.reference.under("student/"), 1e-9)
+
+
+RANKS = """
+import sys, torch
+from conftest import Golden
+from test_trajectory import Trajectory
+from dino.distributed import World
+with World.start() as world:
+    run = Trajectory(Golden, micro_batches=2, world=world)
+    losses = torch.stack([run.step(step).loss for step in range(run.total_steps)])
+    torch.save((losses, run.center, run.dino.state_dict()), f"{sys.argv[1]}/{world.rank}.pt")
+"""
+
+
+def test_golden_trajectory_on_two_ranks(golden, tmp_path: Path) -> None:
+    (tmp_path / "ranks.py").write_text(RANKS)
+    here = Path(__file__).parent
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {"PYTHONPATH": f"{here.parents[1]}{os.pathsep}{here}", "DINO_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, tmp_path / "ranks.py", tmp_path],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    reference = golden("trajectory")
+    for rank in range(2):
+        losses, center, networks = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(losses, reference["losses"], rtol=0, atol=1e-9)
+        torch.testing.assert_close(center, reference["centre"], rtol=0, atol=1e-9)
+        for part in ("student", "teacher"):
+            found = {name.removeprefix(f"{part}."): x for name, x in networks.items() if name.startswith(f"{part}.")}
+            assert_all_close(found, reference.under(f"{part}/"), 1e-9)
 
 
 @pytest.mark.parametrize("micro_batches", [2, 4])
@@ -142,3 +184,25 @@ def test_teacher_temperature_is_constant_within_an_epoch() -> None:
     )
     found = [step_settings(config, step, 3).teacher_temp for step in range(15)]
     assert found == pytest.approx([t for t in (0.04, 0.05, 0.06, 0.07, 0.07) for _ in range(3)])
+
+
+def test_the_remainder_of_the_images_is_dropped() -> None:
+    config = PretrainConfig(epochs=20, batch=64)
+    for images, steps in ((64, 1), (127, 1), (128, 2), (1000, 15)):
+        assert run_length(config, images)[:2] == (steps, 20 * steps)
+
+
+@pytest.mark.parametrize(
+    ("images", "ranks", "micro_batches", "words"),
+    [
+        (63, 1, 1, ["batch is 64", "63 training images", "choose at most 63"]),
+        (64, 3, 1, ["batch (64)", "3 processes", "choose a multiple of 3"]),
+        (64, 4, 32, ["batch (64)", "4 processes", "32 micro_batches", "choose a multiple of 128"]),
+    ],
+)
+def test_a_batch_that_cannot_be_trained_is_refused(images: int, ranks: int, micro_batches: int, words) -> None:
+    config = PretrainConfig(batch=64, micro_batches=micro_batches)
+    with pytest.raises(ValueError) as error:
+        check_fits(config, images, World(0, ranks, torch.device("cpu")))
+    assert all(word in str(error.value) for word in words)
+    check_fits(PretrainConfig(batch=64, micro_batches=4), 64, World(1, 2, torch.device("cpu")))

@@ -182,6 +182,18 @@ def test_initial_weights() -> None:
     assert model.patch_embed.proj.bias.abs().max() > 0
 
 
+def test_initial_weights_for_narrow_networks() -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=64, patch_size=4, embed_dim=64, depth=2, num_heads=2, init_std=None, position_std=0.3
+    )
+    for name, parameter in model.named_parameters():
+        if name.startswith("blocks") and parameter.ndim == 2:
+            # the truncation at 2, not at 2 standard deviations, cuts nothing
+            assert parameter.std().item() == pytest.approx(parameter.shape[1] ** -0.5, rel=0.03), name
+    assert model.pos_embed.std().item() == pytest.approx(0.3, rel=0.03)
+
+
 @pytest.mark.parametrize(
     ("make", "patch", "heads", "parameters"),
     [(vit_tiny, 16, 3, 5_524_416), (vit_small, 16, 6, 21_665_664), (vit_small, 8, 6, 21_670_272)],
