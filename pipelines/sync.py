@@ -1,0 +1,52 @@
+"""`python -m pipelines.sync`: write the MLflow row of what DVC holds here, or complete it; twice is once.
+
+For whoever pulled results (`dvc pull`), restored them from the cache, or trained while the server was away.
+"""
+
+import sys
+
+from pipelines import paths, row, workspace
+from pipelines.tracking import open_store, tracking_uri, without_secrets
+
+
+def sync(params: object) -> str:
+    """Complete the row of models/teacher.safetensors from files alone; a line that says what was done.
+
+    Raises:
+        OSError, ValueError: no teacher here, or one that this project did not write.
+    """
+    found = workspace.gather(row.plain(params))
+    for why in found.left_out:
+        print(why, file=sys.stderr)
+    from pipelines.mlflow_store import add_evaluation
+
+    store = open_store(params)
+    known = store.find(found.content.key)
+    target = known or store.row(found.content.key, found.content.name)
+    if known is None:
+        commit = row.git_tags("log", "-1", "--format=%H", "--", str(workspace.LOCK))
+        target.add_tags({"dino.rebuilt": "from files, without host, duration and throughput", **commit})
+    target.complete(found.content)
+    if found.evaluation:
+        add_evaluation(store, target, found.content.key, found.evaluation)
+    if paths.PRETRAIN_METRICS.is_file():  # the training ended, whoever was not told
+        target.end("FINISHED")
+    done = "completed" if known else "written"
+    uri = without_secrets(tracking_uri(row.plain(params)["runtime"]["tracking"]["uri"]))
+    return f"Row {target.name!r} {done} in {uri}; `make ui` shows it."
+
+
+def main() -> int:
+    """Run the command; 1 and one line where there is nothing to sync or no server."""
+    from pipelines.params import load
+
+    try:
+        print(sync(load()))
+    except Exception as error:  # mlflow's errors, the network's, ours: the user needs the line, not the trace
+        print(f"sync: {without_secrets(str(error).strip().splitlines()[0])}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""How the rows look in MLflow's UI: the columns and charts it opens with, and a row's description. Knows no MLflow.
+
+MLflow's UI keeps a person's columns in the browser. A view that is shared ("Share" in the UI) is a tag of the
+experiment: we write that tag ourselves, and `make ui` opens the address that names it.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+VIEW = "dino"
+# Column and its width in pixels, in order; what `selectedColumns` does not know is always shown.
+COLUMNS = {
+    "attributes.`Run Name`": 250,
+    "metrics.`knn/val_top1`": 100,
+    "metrics.`knn/test_top1`": 105,
+    "metrics.`linear/val_top1`": 110,
+    "metrics.`linear/test_top1`": 115,
+    "metrics.`knn/untrained/test_top1`": 165,
+    "metrics.`knn/pixels/test_top1`": 140,
+    "metrics.`images_per_second`": 145,
+    "tags.`pretrain.health.state`": 160,
+    "duration": 80,
+    "runDateAndNestInfo": 140,
+    "tags.`dino.data_md5`": 110,
+    "tags.`dvc.exp_name`": 130,
+}
+# Charts of the compared runs, one step axis; a metric without one gets its own chart below these.
+SCORES = ("knn/val_top1", "linear/val_top1", "knn/test_top1")
+CURVES = ("loss", "teacher_entropy", "kl", "grad_norm", "lr", "images_per_second")
+
+
+def _chart(kind: str, section: str, metric: str) -> dict[str, Any]:
+    common = {"uuid": metric, "type": kind, "metricSectionId": section, "metricKey": metric, "deleted": False}
+    common |= {"runsCountToCompare": 10, "isGenerated": True}
+    if kind == "BAR":
+        return common
+    return common | {
+        "xAxisKey": "step",
+        "yAxisKey": "metric",
+        "xAxisScaleType": "linear",
+        "scaleType": "linear",
+        "selectedXAxisMetricKey": "",
+        "selectedMetricKeys": [metric],
+        "yAxisExpressions": [],
+        "range": {},
+        "lineSmoothness": 0,
+        "ignoreOutliers": False,
+        "useGlobalXaxisKey": True,
+        "useGlobalLineSmoothing": True,
+    }
+
+
+_STATE: dict[str, Any] = {
+    "selectedColumns": [name for name in COLUMNS if "." in name],
+    "columnOrder": ["0", *COLUMNS],  # 0: the tick box
+    "columnWidths": {"0": 73, **COLUMNS},
+    "orderByKey": "attributes.start_time",
+    "orderByAsc": False,
+    "hideEmptyCharts": True,
+    "compareRunSections": [
+        {"uuid": name, "name": name, "display": True, "isReordered": True, "deleted": False, "isGenerated": False}
+        for name in ("Scores", "Training")
+    ],
+    "compareRunCharts": [_chart("BAR", "Scores", metric) for metric in SCORES]
+    + [_chart("LINE", "Training", metric) for metric in CURVES],
+    "isAccordionReordered": True,
+}
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",  # else the UI asks, and shows pages for chat traces
+    "mlflow.experiment.primaryMetric.name": "knn/val_top1",
+    "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
+    f"mlflow.sharedViewState.{VIEW}": json.dumps(_STATE),
+    "mlflow.note.content": (
+        "One row is one pretraining; rows below it are other evaluation settings of the same checkpoint. "
+        "Choose by `val`, read `test` once. MLflow is a view: results live in `metrics/*.json` and `dvc.lock`, "
+        "and `python -m pipelines.sync` writes their row here."
+    ),
+}
+GAP = "&emsp;"  # the UI's tables have no space between cells
+_KINDS = ("trained", "untrained", "pixels")
+_PROBES = {"knn": ("k-NN", "k"), "linear": ("linear", "lr")}
+
+
+def address(server: str, experiment_id: str) -> str:
+    """Where the experiment's runs are shown with our columns."""
+    runs = f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs"
+    return f"{runs}?viewStateShareKey={VIEW}&workflowType=machine_learning"
+
+
+def describe(params: Mapping[str, str], metrics: Mapping[str, float], tags: Mapping[str, str]) -> str:
+    """Markdown: the result first, then what was trained on what, and how to get it back."""
+    lines = [*_scores(metrics), *_training(params, metrics, tags)]
+    if key := tags.get("dino.key") or tags.get("dino.child_of"):
+        lines.append(f"Pretraining key `{key}`.")
+    if md5 := tags.get("dvc.models/teacher.safetensors"):
+        lines.append(f"Teacher's DVC md5 `{md5}`.")
+    return "\n\n".join(lines)
+
+
+def _scores(metrics: Mapping[str, float]) -> list[str]:
+    rows = []
+    for stage, (title, setting) in _PROBES.items():
+        cells = [_score(metrics, f"{stage}/" if kind == "trained" else f"{stage}/{kind}/") for kind in _KINDS]
+        if any(cells):
+            chosen = metrics.get(f"{stage}/{setting}")
+            how = f" ({setting} {chosen:g})" if chosen is not None else ""
+            rows.append(f"| {title}{how}{GAP} | {' | '.join(cell + GAP for cell in cells)} |")
+    if not rows:
+        return []
+    head = f"| top-1 on test (95 % interval) | {' | '.join(kind + GAP for kind in _KINDS)} |\n|---|---|---|---|\n"
+    return [head + "\n".join(rows)]
+
+
+def _score(metrics: Mapping[str, float], prefix: str) -> str:
+    top1 = metrics.get(f"{prefix}test_top1")
+    if top1 is None:
+        return ""
+    low, high = metrics.get(f"{prefix}test_top1_low"), metrics.get(f"{prefix}test_top1_high")
+    interval = f" ({low:.4f} to {high:.4f})" if low is not None and high is not None else ""
+    return f"{top1:.4f}{interval}"
+
+
+def _training(params: Mapping[str, str], metrics: Mapping[str, float], tags: Mapping[str, str]) -> list[str]:
+    lines = []
+    if state := tags.get("pretrain.health.state"):
+        advice = tags.get("pretrain.health.advice", "")
+        lines.append(f"Health: **{state}**{f': {advice}' if advice else ''}.".replace("..", "."))
+    words = []
+    if "pretrain.arch" in params:
+        words.append(f"{params['pretrain.arch']}, patch {params.get('pretrain.patch_size')}")
+    if "pretrain.epochs" in params:
+        words.append(f"{params['pretrain.epochs']} epochs of {params.get('data.folder', 'the data')}")
+    if (seen := metrics.get("pretrain/images_seen")) is not None:
+        words.append(f"{seen:,.0f} images seen")
+    if (loss := metrics.get("pretrain/loss")) is not None:
+        words.append(f"loss {loss:.4f}")
+    if words:
+        lines.append(f"{', '.join(words)}.")
+    if skipped := sorted(f"{k.split('.')[0]} left out: {v}" for k, v in tags.items() if k.endswith(".skipped")):
+        lines.append(f"{'; '.join(skipped)}.")
+    return lines
