@@ -21,7 +21,7 @@ def cut(classes: Mapping[str, Hashable], fraction: float, seed: int) -> set[str]
         members.setdefault(classes[image_id], []).append(image_id)
     ranked = [sorted(ids, key=lambda image_id: _hash(seed, image_id)) for ids in members.values()]
     total = min(max(round(len(classes) * fraction), 1), len(classes) - 1) if fraction > 0 else 0
-    counts = [min(int(len(ids) * fraction), len(ids) - 1) for ids in ranked]
+    counts = [int(len(ids) * fraction) for ids in ranked]
     # Equal remainders: by a hash of the class's first image, as names must not matter.
     by_remainder = sorted(
         range(len(ranked)), key=lambda i: (counts[i] - len(ranked[i]) * fraction, _hash(seed, ranked[i][0]))

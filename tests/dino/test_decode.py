@@ -107,9 +107,7 @@ def test_one_bit_palette_and_cmyk() -> None:
     assert open_image(encode(bits)).mode == "L"
     np.testing.assert_array_equal(decode_image(encode(bits), 1)[0], (RAMP > 100) * 255)
     colour = Image.fromarray(np.stack([RAMP, 255 - RAMP, RAMP // 2], 2))
-    np.testing.assert_array_equal(
-        decode_image(encode(colour.quantize(24)), 3), np.asarray(colour).transpose(2, 0, 1)
-    )
+    np.testing.assert_array_equal(decode_image(encode(colour.quantize(24)), 3), np.asarray(colour).transpose(2, 0, 1))
     assert decode_image(encode(colour.convert("CMYK"), "TIFF"), 3).shape == (3, 4, 6)
 
 
@@ -131,6 +129,13 @@ def test_what_is_no_image_is_an_error() -> None:
     for data in (b"", b"<html>404</html>", b"%PDF-1.4", b"%!PS-Adobe-3.0 EPSF-3.0\n"):
         with pytest.raises(ValueError, match="not an image"):
             decode_image(data, 3)
+
+
+def test_only_formats_that_every_installation_of_pillow_reads_alike() -> None:
+    """Others may start foreign programs (EPS), or are read in some builds only."""
+    for form in ("PPM", "TGA", "ICO"):
+        with pytest.raises(ValueError, match="not an image"):
+            decode_image(encode(np.zeros((16, 16, 3), np.uint8), form), 3)
 
 
 def test_identity_is_the_content() -> None:

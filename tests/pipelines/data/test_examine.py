@@ -103,17 +103,30 @@ def test_broken_images_are_reported_and_do_not_stop_the_others(look_at_all: Look
 
 
 def test_any_number_of_threads_gives_the_same(look_at_all: Look, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = [encode(noise(64, 60 + i, 3, seed=i), "PNG") for i in range(100)]
-    data[50] = b"broken"
+    data = [encode_png(noise(24, 20 + i % 9, 3, seed=i)) for i in range(500)]
+    for row in range(7, 500, 40):
+        data[row] = b"broken"
     results = []
-    for threads in (1, 5):
+    for threads in (1, 2, 5):
         monkeypatch.setattr(module, "_threads", lambda images, threads=threads: threads)
-        examined = look_at_all(data, max_short_px=62)
-        rows = [row for row in range(100) if row not in examined.broken]
-        results.append(
-            (examined.ids, examined.broken, examined.mean_std(rows, 3), [examined.read(row) for row in rows])
-        )
-    assert results[0] == results[1]
+        examined = look_at_all(data, max_short_px=22)
+        rows = [row for row in range(500) if row not in examined.broken]
+        stored = [examined.read(row) for row in rows]
+        results.append((examined.ids, list(examined.broken.items()), examined.mean_std(rows, 3), stored))
+    assert results[0] == results[1] == results[2]
+
+
+def test_memory_is_bounded_no_thread_runs_far_ahead() -> None:
+    taken = []
+
+    def items() -> Iterator[int]:
+        for item in range(100):
+            taken.append(item)
+            yield item
+
+    for item, square in module._map_in_order(lambda x: x * x, items(), threads=3):
+        assert square == item * item
+        assert len(taken) <= item + 8
 
 
 def test_threads_where_images_are_large_only() -> None:
