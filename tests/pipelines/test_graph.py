@@ -122,7 +122,7 @@ def test_outcomes_are_dvcs(tmp_path):
 
 
 def test_a_failing_stage_ends_with_its_last_lines(tmp_path):
-    root = repository(tmp_path, {"a": ([], "for i in range(50): print('line', i)\nraise SystemExit('no such folder')")})
+    repository(tmp_path, {"a": ([], "for i in range(50): print('line', i)\nraise SystemExit('no such folder')")})
     with StageRunner() as runner:
         result = runner.run("a", lambda line: None)
     assert result.outcome is Outcome.FAILED
@@ -132,7 +132,7 @@ def test_a_failing_stage_ends_with_its_last_lines(tmp_path):
 
 
 def test_stages_use_this_interpreter_whatever_the_path_says(tmp_path, monkeypatch):
-    root = repository(tmp_path, {"a": ([], "import sys; print(sys.executable)")})
+    repository(tmp_path, {"a": ([], "import sys; print(sys.executable)")})
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     with StageRunner() as runner:
         assert Path(runner.run("a", lambda line: None).last_lines[-1]).parent == Path(sys.executable).parent
@@ -145,9 +145,19 @@ def test_the_rerun_command_fits_the_environment(monkeypatch):
     assert rerun_command("a").endswith("python -m pipelines.flow a")
 
 
-def test_output_comes_line_by_line_while_the_stage_runs(tmp_path):
-    waits = "import pathlib, time\nprint('ready')\nwhile not pathlib.Path('go').exists(): time.sleep(0.02)"
-    root = repository(tmp_path, {"a": ([], waits)})
+WAITS = """
+import pathlib, time
+print("ready")
+until = time.monotonic() + 30
+while not pathlib.Path("go").exists():
+    assert time.monotonic() < until, "nobody heard"
+    time.sleep(0.02)
+"""
+
+
+def test_output_comes_line_by_line_while_the_stage_runs(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    root = repository(tmp_path, {"a": ([], WAITS)})
     with StageRunner() as runner:
         result = runner.run("a", lambda line: (root / "go").touch() if line == "ready" else None)
     assert result.outcome is Outcome.RAN

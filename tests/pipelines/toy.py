@@ -53,7 +53,7 @@ def repository(root: Path, stages: dict[str, tuple[Iterable[str], str]]) -> Path
     return root
 
 
-def wait_until(true: Callable[[], object], seconds: float = 30.0) -> None:
+def wait_until(true: Callable[[], object], seconds: float = 200.0) -> None:
     """Return when it is true; fail after `seconds`."""
     until = time.monotonic() + seconds
     while not true():
