@@ -1,0 +1,145 @@
+"""Scores of the evaluations, and what they say in plain words. Imports nothing heavy: the summary starts at once."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from pipelines import paths
+
+KINDS = {"pixels": "Raw pixels", "untrained": "Untrained backbone", "trained": "Trained backbone"}
+BASELINES = {"untrained": "the untrained network", "pixels": "raw pixels"}
+EVALUATIONS = {"k-NN": paths.KNN_METRICS, "linear probe": paths.LINEAR_METRICS}
+MORE_TRAINING = "Healthy but not ahead: first give it more training (pretrain.epochs), then other crops."
+
+
+@dataclass(frozen=True)
+class Score:
+    """Top-1 of one kind of features, as shares of 1; `low` and `high` bound the 95 % interval of `test`."""
+
+    test: float
+    low: float
+    high: float
+    val: float
+    chosen: str = ""
+    val_by_setting: Mapping[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Like `87.1 (86.4-87.8)`, in percent."""
+        return f"{percent(self.test)} ({percent(self.low)}-{percent(self.high)})"
+
+    @staticmethod
+    def read(values: Mapping[str, Any]) -> "Score":
+        """From an entry of metrics/knn.json or linear.json; the table `val_by_k` says that k was chosen on val."""
+        table = next((name for name in sorted(values) if name.startswith("val_by_")), "")
+        setting = table.removeprefix("val_by_")
+        return Score(
+            test=values["test_top1"],
+            low=values["test_top1_low"],
+            high=values["test_top1_high"],
+            val=values["val_top1"],
+            chosen=f"{setting} = {values[setting]:g}" if setting in values else "",
+            val_by_setting={
+                f"{setting} = {float(value):g}": values[table][value]
+                for value in sorted(values.get(table, ()), key=float)
+            },
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation found for each kind of features, or why it was left out."""
+
+    name: str
+    scores: Mapping[str, Score] = field(default_factory=dict)
+    protocol: str = ""
+    skipped: str = ""
+
+    @property
+    def settings(self) -> list[str]:
+        """Every setting tried on the validation images, in its order."""
+        return list(dict.fromkeys(setting for score in self.scores.values() for setting in score.val_by_setting))
+
+    @staticmethod
+    def read(name: str, path: Path) -> "Evaluation":
+        """From metrics/knn.json or linear.json; where there is no such file, it was left out."""
+        if not path.is_file():
+            return Evaluation(name, skipped="not evaluated yet")
+        values = json.loads(path.read_text(encoding="utf-8"))
+        scores = {kind: Score.read(values[kind]) for kind in KINDS if kind in values}
+        return Evaluation(name, scores, values.get("protocol", ""), values.get("skipped", ""))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One sentence, its tone (good, mixed, bad; open: nothing to judge by), and what to do, if anything."""
+
+    sentence: str
+    tone: str
+    advice: str = ""
+
+
+def evaluations() -> list[Evaluation]:
+    """All evaluations, in order."""
+    return [Evaluation.read(name, path) for name, path in EVALUATIONS.items()]
+
+
+def percent(share: float) -> str:
+    """A share of 1 as percent, to the tenth: a test set of 10,000 images resolves about half a point."""
+    return f"{100 * share:.1f}"
+
+
+def standing(trained: Score, baseline: Score) -> str:
+    """`beats` or `stays behind` where the two 95 % intervals don't overlap, else `is level with`."""
+    if trained.low > baseline.high:
+        return "beats"
+    return "stays behind" if trained.high < baseline.low else "is level with"
+
+
+def verdict(found: Sequence[Evaluation], health: Mapping[str, Any]) -> Verdict:
+    """Whether the trained backbone beats the baselines beyond the 95 % intervals, and whether training is healthy.
+
+    Args:
+        found: The evaluations; those without a score of the trained backbone have no say.
+        health: `state` and `advice` of metrics/pretrain.json.
+    """
+    state = health.get("state", "unknown")
+    healthy = state == "healthy"
+    end = "its training is healthy" if healthy else f"its training is not healthy ({state})"
+    standings = {
+        evaluation.name: [
+            (standing(evaluation.scores["trained"], evaluation.scores[base]), name)
+            for base, name in BASELINES.items()
+            if base in evaluation.scores
+        ]
+        for evaluation in found
+        if "trained" in evaluation.scores
+    }
+    if not standings:
+        sentence = f"Without labels the trained backbone has no score; {end}."
+        return Verdict(sentence, "open" if healthy else "bad", "" if healthy else health.get("advice", ""))
+    words = [word for pairs in standings.values() for word, _ in pairs]
+    ahead = all(word == "beats" for word in words)
+    tone = "good" if healthy and ahead else "mixed" if healthy and "beats" in words else "bad"
+    advice = health.get("advice", "") if not healthy else "" if ahead else MORE_TRAINING
+    return Verdict(f"{_comparison(standings)}; {end}.", tone, advice)
+
+
+def _comparison(standings: Mapping[str, Sequence[tuple[str, str]]]) -> str:
+    """The trained backbone against the baselines; evaluations that agree share a clause."""
+    clauses = {name: _clause(pairs) for name, pairs in standings.items()}
+    if len(set(clauses.values())) == 1:
+        return f"The trained backbone {next(iter(clauses.values()))}, by {' and by '.join(clauses)}"
+    first, *others = (f"by {name}" for name in clauses)
+    texts = list(clauses.values())
+    rest = "; ".join(f"{name} it {text}" for name, text in zip(others, texts[1:], strict=True))
+    return f"{first[0].upper()}{first[1:]} the trained backbone {texts[0]}; {rest}"
+
+
+def _clause(pairs: Sequence[tuple[str, str]]) -> str:
+    """`beats the untrained network but stays behind raw pixels`."""
+    parts = [(word, [name for _, name in same]) for word, same in groupby(pairs, key=lambda pair: pair[0])]
+    text = " but ".join(f"{word} {' and '.join(names)}" for word, names in parts)
+    return text or "has no baseline to compare with"

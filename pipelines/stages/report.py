@@ -1,0 +1,156 @@
+"""Stage report: one self-contained HTML page, and its pictures beside it.
+
+Only results stand in it, no time, host, path or run id: equal results give equal bytes.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from dino.checkpoint import load_backbone
+from dino.config import FIELD_NAMES
+from dino.files import whole_file
+from pipelines import charts, gallery, paths, scores, tracking
+from pipelines.confusion import Confusion
+from pipelines.drawing import DARK, LIGHT, data_uri, picture_png, png, svg
+from pipelines.gallery import Classes
+from pipelines.params import Params
+from pipelines.stage import run_stage
+
+PAGE = "index.html"
+TEMPLATE = Path(__file__).parent.parent / "report.html.j2"
+CLASSES_LISTED_UP_TO = 60
+SHEETS = {"Training images": paths.SAMPLES_PICTURE, "Crops that training sees": paths.CROPS_PICTURE}
+
+
+def main(params: Params) -> None:
+    """Write report/, and show it in MLflow."""
+    _, facts = load_backbone(paths.TEACHER)
+    content, figures = collect(params, facts)
+    shutil.rmtree(paths.REPORT, ignore_errors=True)  # DVC has done so already; a run by hand has not
+    for name, figure in figures.items():
+        with whole_file(paths.REPORT / name) as aside:
+            aside.write_bytes(png(figure))
+    with whole_file(paths.REPORT / PAGE) as aside:
+        aside.write_text(render(content), encoding="utf-8", newline="\n")
+    pictures = [paths.REPORT / name for name in figures]
+    tracking.report(facts["key"], pages=[paths.REPORT / PAGE], pictures=pictures, params=params)
+    print(f"report: {(paths.REPORT / PAGE).resolve()}", flush=True)
+
+
+def collect(params: Params, facts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Figure]]:
+    """What the template shows, by its names there; and the figures, by their file's name."""
+    classes, evaluations = Classes.read(), scores.evaluations()
+    training, data = read_json(paths.PRETRAIN_METRICS), read_json(paths.DATA_METRICS)
+    queries = gallery.choose_queries(classes, params.report.nearest_queries)
+    neighbours = gallery.neighbour_rows(classes, queries, params.report.nearest_neighbours)
+    size = {"resize_px": params.embed.resize_px, "crop_px": params.embed.crop_px}
+    headings, looks = gallery.look_rows(classes, queries, **size)
+    panels = charts.panels(pd.read_csv(paths.PRETRAIN_CURVES), ln_k=math.log(facts["params"]["out_dim"]))
+    confusion = Confusion.read(classes.names)
+
+    figures = {}
+    if scale := charts.Scale.of(evaluations):
+        figures["scores.png"] = charts.scores_figure(evaluations)
+    figures["curves.png"] = charts.panels_figure(panels)
+    if confusion:
+        figures["confusion.png"] = charts.confusion_figure(confusion.shares, confusion.names)
+    figures["neighbours.png"] = charts.pictures_figure(neighbours)
+    figures["attention.png"] = charts.pictures_figure(looks, headings)
+
+    counts = classes.counts()
+    compared = [item.right for row in neighbours for item in row if item.right is not None]
+    content = {
+        "verdict": scores.verdict(evaluations, training["health"]),
+        "evaluations": evaluations,
+        "kinds": scores.KINDS,
+        "scale": scale,
+        "training": training,
+        "panels": [(panel, Markup(svg(charts.panel_figure(panel), f"c{i}"))) for i, panel in enumerate(panels)],
+        "confusion": confusion,
+        "confusion_svg": confusion and Markup(svg(charts.confusion_figure(confusion.shares, confusion.names), "m")),
+        "neighbours": neighbours,
+        "query_rule": gallery.QUERY_RULE if classes.names else gallery.QUERY_RULE_UNLABELLED,
+        "compared": len(compared),
+        "agreeing": sum(compared),
+        "looks": looks,
+        "headings": headings,
+        "images": sum(data["images"].values()),
+        "data": list(data_facts(data)),
+        "class_counts": counts if len(counts) <= CLASSES_LISTED_UP_TO else {},
+        "largest_class": max((in_splits[0] for in_splits in counts.values()), default=0) or 1,
+        "splits": list(paths.IMAGES),
+        "sheets": [(title, data_uri(path.read_bytes())) for title, path in SHEETS.items() if path.is_file()],
+        "recipe": [(name, plain(facts["params"][name])) for name in FIELD_NAMES if name in facts["params"]],
+        "provenance": {"key of the pretraining": facts["key"], "md5 of the training images": facts["data_md5"]},
+    }
+    return content, figures
+
+
+def render(content: Mapping[str, Any]) -> str:
+    """The page. Class names and everything else that a data set brings are escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATE.parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": scores.percent,
+        "thousands": "{:,}".format,
+        "uri": lambda pixels: data_uri(picture_png(pixels)),
+    }
+    return environment.get_template(TEMPLATE.name).render(**content, light=LIGHT, dark=DARK) + "\n"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of metrics."""
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
+
+
+def data_facts(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Facts of metrics/data.json in words; duplicates and the like only where there are any."""
+    for split, count in data["images"].items():
+        yield f"{split} images", plain(count)
+    yield "classes", plain(data["classes"]) if data["classes"] else "no labels"
+    yield "channels", "1 (grey)" if data["channels"] == 1 else plain(data["channels"])
+    yield "mean of the pixels (0 to 1)", plain(data["mean"])
+    yield "standard deviation", plain(data["std"])
+    known = {"images", "classes", "class_balance", "channels", "mean", "std"}
+    for name, value in data.items():
+        if name in known:
+            continue
+        inner = value if isinstance(value, Mapping) else {"": value}
+        for key, number in inner.items():
+            if number:
+                yield f"{name} {key}".replace("_", " ").strip(), plain(number)
+
+
+def plain(value: Any) -> str:
+    """A setting or a number as text: no digits that say nothing."""
+    match value:
+        case None:
+            return "none"
+        case bool():
+            return "yes" if value else "no"
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:.4g}"
+        case list() | tuple():
+            return ", ".join(map(plain, value))
+    return str(value)
+
+
+if __name__ == "__main__":
+    run_stage("report", main)

@@ -1,0 +1,104 @@
+"""Laws of the verdict: what the sentence says follows from the intervals, whatever the evaluations."""
+
+import json
+from pathlib import Path
+
+import pytest
+from results_folder import KNN, LINEAR, NO_LABELS
+
+from pipelines.scores import MORE_TRAINING, Evaluation, Score, Verdict, standing, verdict
+
+HEALTHY = {"state": "healthy", "advice": "Nothing to do."}
+SICK = {"state": "uniform collapse", "advice": "Lower the temperature."}
+
+
+def at(test: float, low: float, high: float) -> Score:
+    return Score(test=test, low=low, high=high, val=test)
+
+
+def evaluation(name: str, trained: float, untrained: float, pixels: float, half: float = 0.01) -> Evaluation:
+    values = {"pixels": pixels, "untrained": untrained, "trained": trained}
+    return Evaluation(name, {kind: at(value, value - half, value + half) for kind, value in values.items()})
+
+
+@pytest.mark.parametrize(
+    ("trained", "baseline", "word"),
+    [
+        (at(0.9, 0.88, 0.92), at(0.8, 0.79, 0.81), "beats"),
+        (at(0.9, 0.8101, 0.92), at(0.8, 0.79, 0.81), "beats"),
+        (at(0.9, 0.81, 0.92), at(0.8, 0.79, 0.81), "is level with"),
+        (at(0.7, 0.68, 0.79), at(0.8, 0.79, 0.81), "is level with"),
+        (at(0.7, 0.68, 0.7899), at(0.8, 0.79, 0.81), "stays behind"),
+    ],
+)
+def test_intervals_that_touch_are_level(trained: Score, baseline: Score, word: str):
+    assert standing(trained, baseline) == word
+
+
+@pytest.mark.parametrize(
+    ("found", "health", "expected"),
+    [
+        (
+            [evaluation("k-NN", 0.9, 0.6, 0.8), evaluation("linear probe", 0.9, 0.6, 0.8)], HEALTHY,
+            Verdict("The trained backbone beats the untrained network and raw pixels, by k-NN and by linear probe; "
+                    "its training is healthy.", "good"),
+        ),
+        (
+            [evaluation("k-NN", 0.9, 0.6, 0.8)], SICK,
+            Verdict("The trained backbone beats the untrained network and raw pixels, by k-NN; "
+                    "its training is not healthy (uniform collapse).", "bad", "Lower the temperature."),
+        ),
+        (
+            [evaluation("k-NN", 0.7, 0.6, 0.8), evaluation("linear probe", 0.9, 0.6, 0.8)], HEALTHY,
+            Verdict("By k-NN the trained backbone beats the untrained network but stays behind raw pixels; "
+                    "by linear probe it beats the untrained network and raw pixels; its training is healthy.",
+                    "mixed", MORE_TRAINING),
+        ),
+        (
+            [evaluation("k-NN", 0.601, 0.6, 0.8)], HEALTHY,
+            Verdict("The trained backbone is level with the untrained network but stays behind raw pixels, by k-NN; "
+                    "its training is healthy.", "bad", MORE_TRAINING),
+        ),
+        (
+            [Evaluation("k-NN", skipped="no labels")], HEALTHY,
+            Verdict("Without labels the trained backbone has no score; its training is healthy.", "open"),
+        ),
+        (
+            [Evaluation("k-NN", skipped="no labels")], SICK,
+            Verdict("Without labels the trained backbone has no score; its training is not healthy (uniform collapse).",
+                    "bad", "Lower the temperature."),
+        ),
+    ],
+)  # fmt: skip
+def test_the_sentence(found: list[Evaluation], health: dict[str, str], expected: Verdict):
+    assert verdict(found, health) == expected
+
+
+def test_files_are_read_with_their_settings_in_order(tmp_path: Path):
+    path = tmp_path / "linear.json"
+    values = {**LINEAR["trained"], "lr": 0.001, "val_by_lr": {"0.01": 0.8, "0.001": 0.81, "3.0": 0.5}}
+    path.write_text(json.dumps({"trained": values, "protocol": "stored features"}))
+    found = Evaluation.read("linear probe", path)
+    assert found.protocol == "stored features" and list(found.scores) == ["trained"]
+    score = found.scores["trained"]
+    assert (score.test, score.low, score.high, score.val) == tuple(
+        LINEAR["trained"][name] for name in ("test_top1", "test_top1_low", "test_top1_high", "val_top1")
+    )
+    assert score.chosen == "lr = 0.001"
+    assert list(score.val_by_setting.items()) == [("lr = 0.001", 0.81), ("lr = 0.01", 0.8), ("lr = 3", 0.5)]
+    assert str(score) == "88.2 (87.1-89.3)"
+    assert found.settings == list(score.val_by_setting)
+
+
+def test_what_was_left_out_says_why(tmp_path: Path):
+    path = tmp_path / "knn.json"
+    assert Evaluation.read("k-NN", path).skipped == "not evaluated yet"
+    path.write_text(json.dumps(NO_LABELS))
+    found = Evaluation.read("k-NN", path)
+    assert found.skipped == NO_LABELS["skipped"] and not found.scores
+
+
+def test_kinds_come_in_one_order_whatever_the_file(tmp_path: Path):
+    path = tmp_path / "knn.json"
+    path.write_text(json.dumps({kind: KNN[kind] for kind in ("trained", "pixels", "untrained")}))
+    assert list(Evaluation.read("k-NN", path).scores) == ["pixels", "untrained", "trained"]
