@@ -128,17 +128,22 @@ class Warden:
                 if ended[0] == self.group:
                     self.status = ended[1]
 
-    def _relay(self) -> None:
-        """Hand on what the command has printed; if nobody reads it any more, let it go."""
-        with contextlib.suppress(BlockingIOError):
-            while text := os.read(self.output, 65536):
-                try:
-                    while self.reader_lives and text:
-                        text = text[os.write(1, text) :]
-                except BrokenPipeError:
-                    self.reader_lives = False
-            os.close(self.output)  # its end
+    def _relay(self) -> bool:
+        """Hand on one piece of what was printed; if nobody reads it any more, let it go. Whether there was any."""
+        try:
+            text = os.read(self.output, 65536) if self.output >= 0 else b""
+        except BlockingIOError:
+            return False
+        if not text and self.output >= 0:  # all who could print have ended
+            os.close(self.output)
             self.output = -1
+        try:
+            unread = text
+            while self.reader_lives and unread:
+                unread = unread[os.write(1, unread) :]
+        except BrokenPipeError:
+            self.reader_lives = False
+        return bool(text)
 
     def _wait(self, seconds: float | None, parent: int | None) -> bytes | None:
         """Sleep until a signal, output, a word from the parent, or the time is over; the word, if there was one."""
@@ -168,7 +173,7 @@ class Warden:
         while True:
             group_lives, others = signal_group(self.group, 0), descendants()
             if not group_lives and not others:
-                return self._relay() if self.output >= 0 else None
+                break
             if hurry or time.monotonic() >= deadline:
                 signal_group(self.group, signal.SIGKILL)
                 signal_each(others, signal.SIGKILL)
@@ -183,6 +188,8 @@ class Warden:
             if word == b"":  # closed: nothing more will be said
                 parent = None
             self._reap()
+        while self._relay():
+            pass
 
 
 if __name__ == "__main__":
