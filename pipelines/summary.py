@@ -1,0 +1,78 @@
+"""What a run of the flow is told as: a markdown page for Prefect, and plain lines for the terminal."""
+
+from collections.abc import Iterable, Mapping
+
+from pipelines import paths, scores
+from pipelines.graph import Graph, Outcome, StageResult, rerun_command
+
+Results = Mapping[str, StageResult]
+
+
+def succeeded(plan: Graph, results: Results) -> bool:
+    """Whether every stage of the plan is up to date now."""
+    bad = (Outcome.FAILED, Outcome.CANCELLED)
+    return all(stage in results and results[stage].outcome not in bad for stage in plan)
+
+
+def failed(results: Iterable[StageResult]) -> list[StageResult]:
+    """The stages whose command failed."""
+    return [result for result in results if result.outcome is Outcome.FAILED]
+
+
+def markdown(plan: Graph, results: Results, *, whole: bool) -> str:
+    """The page of one run: scores, where the report lies, and what became of each stage.
+
+    Args:
+        plan: the stages that were to run.
+        results: those that did.
+        whole: whether the plan is all there is; scores are shown only then, lest they be an earlier run's.
+    """
+    parts = [_scores(), *_report()] if whole and succeeded(plan, results) else []
+    parts.append(_stages(plan, results))
+    parts += ["\n".join([f"### {r.stage} failed", "```", *r.last_lines, "```"]) for r in failed(results.values())]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def last_words(plan: Graph, results: Results, seconds: float) -> list[str]:
+    """Lines that tell a person how it went; the last one says where the result is, or what to do."""
+    if succeeded(plan, results):
+        outcomes = [results[stage].outcome for stage in plan]
+        counts = ", ".join(f"{outcomes.count(o)} {o}" for o in Outcome if o in outcomes)
+        stages = "stage" if len(outcomes) == 1 else "stages"
+        return [f"Done in {seconds:.0f} s: {len(outcomes)} {stages}, {counts}.", *_report()]
+    lines: list[str] = []
+    for result in failed(results.values()):
+        lines += [f"{result.stage} failed. Its last lines:", *(f"    {line}" for line in result.last_lines)]
+    if never := [stage for stage in plan if stage not in results]:
+        lines.append(f"Not started, as they need it: {', '.join(never)}")
+    commands = " and ".join(rerun_command(result.stage) for result in failed(results.values()))
+    return [*lines, f"When that is mended: {commands}"] if commands else [*lines, "Ended before it was done."]
+
+
+def _stages(plan: Graph, results: Results) -> str:
+    rows = ["| stage | | seconds |", "| --- | --- | ---: |"]
+    for stage in plan:
+        result = results.get(stage)
+        told = f"{result.outcome} | {result.seconds:.1f}" if result else "not started |"
+        rows.append(f"| {stage} | {told} |")
+    return "\n".join(rows)
+
+
+def _scores() -> str:
+    """Test top-1 of every kind of features, by every evaluation that was made."""
+    found = scores.evaluations()
+    shown = [evaluation for evaluation in found if evaluation.scores]
+    if not shown:
+        return ""
+    rows = [f"| test top-1, % | {' | '.join(e.name for e in shown)} |", "| --- |" + " ---: |" * len(shown)]
+    for kind, title in scores.KINDS.items():
+        cells = [str(evaluation.scores.get(kind, "")) for evaluation in shown]
+        rows.append(f"| {title} | {' | '.join(cells)} |")
+    notes = ["", "In brackets: the 95 % interval."]
+    notes += [f"{e.name}: left out, {e.skipped}" for e in found if e.skipped]
+    return "\n".join([*rows, *notes])
+
+
+def _report() -> list[str]:
+    """Where the report lies, if there is one."""
+    return [f"Report: {page}" for page in sorted(paths.REPORT.glob("*.html"))[:1]]
