@@ -85,9 +85,9 @@ def _grid(backbone: VisionTransformer, images_BCHW: Tensor) -> tuple[int, int]:
 
 
 def heat_picture(values_RS: Tensor) -> np.ndarray:
-    """Non-negative values as colours of HEAT, 0 black and the largest the palest, uint8 [R, S, 3]."""
+    """Values as colours of HEAT, the least black and the largest the palest, uint8 [R, S, 3]."""
     values = values_RS.double().numpy()
-    share = values / max(values.max(), np.finfo(np.float64).tiny)
+    share = (values - values.min()) / max(np.ptp(values), np.finfo(np.float64).tiny)
     stops = np.linspace(0, 1, len(HEAT))
     channels = [np.interp(share, stops, channel) for channel in zip(*HEAT, strict=True)]
     return np.rint(np.stack(channels, axis=-1)).astype(np.uint8)

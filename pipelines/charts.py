@@ -16,6 +16,7 @@ from pipelines.scores import KINDS, Evaluation, percent
 MARKS = {"pixels": "s", "untrained": "D", "trained": "o"}  # told apart without colour too
 NUMBERS_UP_TO = 15  # classes; beyond, the cells of a confusion matrix are too small to be written in
 NAMES_UP_TO = 40
+PAPER_ABOVE = 0.7  # share from which a cell is so full that, in light and dark, paper reads better on it than ink
 
 
 @dataclass(frozen=True)
@@ -36,21 +37,22 @@ class Panel:
 
 TITLES = {
     "loss": "Loss",
+    "teacher_entropy": "Entropy of the teacher",
     "kl": "Student from teacher (KL)",
     "feature_std": "Spread of features (std)",
     "rank_me": "Directions in use (RankMe)",
+    "grad_norm": "Norm of the gradient",
     "lr": "Learning rate",
     "weight_decay": "Weight decay",
     "ema_momentum": "Momentum of the teacher",
     "teacher_temp": "Temperature of the teacher",
-    "grad_norm": "Norm of the gradient",
 }
 ENTROPIES = {"teacher_entropy": "of an image", "batch_entropy": "of the batch's mean"}
 LINE_STYLES = ((LIGHT["trained"], "-"), (LIGHT["untrained"], (0, (5, 2))))
 
 
 def panels(table: pd.DataFrame, *, ln_k: float) -> list[Panel]:
-    """What plots/pretrain.csv holds, in its order; the teacher's entropies together, as shares of ln K.
+    """What plots/pretrain.csv holds: known curves in TITLES' order, then others; entropies as shares of ln K.
 
     Args:
         table: Columns `step`, `epoch`, and whatever training recorded.
@@ -58,14 +60,15 @@ def panels(table: pd.DataFrame, *, ln_k: float) -> list[Panel]:
     """
     entropies = [column for column in ENTROPIES if column in table]
     found = []
-    for column in map(str, table.select_dtypes("number")):
+    recorded = list(map(str, table.select_dtypes("number")))
+    for column in [*(name for name in TITLES if name in recorded), *(name for name in recorded if name not in TITLES)]:
+        title = TITLES.get(column, column.replace("_", " ").capitalize())
         if column == "loss":
-            found.append(Panel("Loss", {"": _line(table, column)}, {f"ln K = {ln_k:.2f}: uniform": ln_k}))
+            found.append(Panel(title, {"": _line(table, column)}, {f"ln K = {ln_k:.2f}: uniform": ln_k}))
         elif column in entropies[:1]:
             lines = {ENTROPIES[name]: _line(table, name, ln_k) for name in entropies}
-            found.append(Panel("Teacher's entropy / ln K", lines, {"uniform": 1.0}, (-0.03, 1.12)))
+            found.append(Panel(title, lines, {"ln K: uniform": 1.0}, (-0.03, 1.12)))
         elif column not in ("step", "epoch", *entropies):
-            title = TITLES.get(column, column.replace("_", " ").capitalize())
             found.append(Panel(title, {"": _line(table, column)}))
     return [panel for panel in found if all(len(steps) for steps, _ in panel.lines.values())]
 
@@ -193,9 +196,9 @@ def confusion_figure(shares: np.ndarray, names: Sequence[str]) -> Figure:
                     mpl.patches.Rectangle((column - 0.5, row - 0.5), 1, 1, color=cells[row, column], linewidth=0)
                 )
                 if (text := f"{100 * shares[row, column]:.0f}") != "0":
-                    dark = shares[row, column] > 0.5
+                    full = shares[row, column] > PAPER_ABOVE
                     axes.text(column, row, text, ha="center", va="center", fontsize=8,
-                              color=LIGHT["paper"] if dark else LIGHT["ink"])  # fmt: skip
+                              color=LIGHT["paper"] if full else LIGHT["ink"])  # fmt: skip
         else:
             axes.imshow(cells, interpolation="nearest")
         axes.set(

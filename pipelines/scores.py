@@ -107,7 +107,7 @@ def verdict(found: Sequence[Evaluation], health: Mapping[str, Any]) -> Verdict:
     """
     state = health.get("state", "unknown")
     healthy = state == "healthy"
-    end = "its training is healthy" if healthy else f"its training is not healthy ({state})"
+    end = "training is healthy" if healthy else f"training is not healthy ({state})"
     standings = {
         evaluation.name: [
             (standing(evaluation.scores["trained"], evaluation.scores[base]), name)

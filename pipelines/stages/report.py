@@ -6,7 +6,7 @@ Only results stand in it, no time, host, path or run id: equal results give equa
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,19 @@ from pipelines.stage import run_stage
 PAGE = "index.html"
 TEMPLATE = Path(__file__).parent.parent / "report.html.j2"
 CLASSES_LISTED_UP_TO = 60
+COUNTED = {
+    "grey": "grey images",
+    "shrunk": "shrunk to data.max_short_px",
+    "broken": "unreadable, left out",
+    "other_files": "files that are no images",
+    "within_train": "duplicates within train",
+    "within_val": "duplicates within val",
+    "within_test": "duplicates within test",
+    "train_in_val": "train images in val too",
+    "train_in_test": "train images in test too",
+    "val_in_test": "val images in test too",
+    "label_conflicts": "images in several classes",
+}
 SHEETS = {"Training images": paths.SAMPLES_PICTURE, "Crops that training sees": paths.CROPS_PICTURE}
 
 
@@ -120,20 +133,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def data_facts(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Facts of metrics/data.json in words; duplicates and the like only where there are any."""
-    for split, count in data["images"].items():
-        yield f"{split} images", plain(count)
+    for split in paths.IMAGES:
+        yield f"{split} images", plain(data["images"][split])
     yield "classes", plain(data["classes"]) if data["classes"] else "no labels"
     yield "channels", "1 (grey)" if data["channels"] == 1 else plain(data["channels"])
     yield "mean of the pixels (0 to 1)", plain(data["mean"])
     yield "standard deviation", plain(data["std"])
-    known = {"images", "classes", "class_balance", "channels", "mean", "std"}
-    for name, value in data.items():
-        if name in known:
-            continue
-        inner = value if isinstance(value, Mapping) else {"": value}
-        for key, number in inner.items():
-            if number:
-                yield f"{name} {key}".replace("_", " ").strip(), plain(number)
+    for side in ("width_px", "height_px"):
+        smallest, median, largest = (data[side][name] for name in ("smallest", "median", "largest"))
+        several = f"{plain(smallest)} to {plain(largest)}, median {plain(median)}"
+        yield side.replace("_px", " (pixels)"), plain(largest) if smallest == largest else several
+    counts = {name: data[name] for name in ("shrunk", "broken", "other_files")} | data["duplicates"]
+    if data["channels"] == 3:
+        counts["grey"] = data["grey"]
+    for name, count in counts.items():
+        if count:
+            yield COUNTED.get(name, name.replace("_", " ")), plain(count)
 
 
 def plain(value: Any) -> str:

@@ -113,7 +113,8 @@ def _write_metrics(
         "classes": len(names) or None,
         "class_balance": {split: dict.fromkeys(names, count) for split, count in COUNTS.items()} if names else None,
         "channels": 1, "mean": [0.28604], "std": [0.35302], "broken": 0, "other_files": 0, "grey": 60, "shrunk": 0,
-        "height_px": {"smallest": SIDE_PX, "median": SIDE_PX, "largest": SIDE_PX + 6},
+        "height_px": {"smallest": SIDE_PX, "median": float(SIDE_PX), "largest": SIDE_PX + 6},
+        "width_px": dict.fromkeys(("smallest", "median", "largest"), SIDE_PX),
         "duplicates": {"within_train": 3, "train_in_test": 0},
     }  # fmt: skip
     training = {

@@ -41,31 +41,31 @@ def test_intervals_that_touch_are_level(trained: Score, baseline: Score, word: s
         (
             [evaluation("k-NN", 0.9, 0.6, 0.8), evaluation("linear probe", 0.9, 0.6, 0.8)], HEALTHY,
             Verdict("The trained backbone beats the untrained network and raw pixels, by k-NN and by linear probe; "
-                    "its training is healthy.", "good"),
+                    "training is healthy.", "good"),
         ),
         (
             [evaluation("k-NN", 0.9, 0.6, 0.8)], SICK,
             Verdict("The trained backbone beats the untrained network and raw pixels, by k-NN; "
-                    "its training is not healthy (uniform collapse).", "bad", "Lower the temperature."),
+                    "training is not healthy (uniform collapse).", "bad", "Lower the temperature."),
         ),
         (
             [evaluation("k-NN", 0.7, 0.6, 0.8), evaluation("linear probe", 0.9, 0.6, 0.8)], HEALTHY,
             Verdict("By k-NN the trained backbone beats the untrained network but stays behind raw pixels; "
-                    "by linear probe it beats the untrained network and raw pixels; its training is healthy.",
+                    "by linear probe it beats the untrained network and raw pixels; training is healthy.",
                     "mixed", MORE_TRAINING),
         ),
         (
             [evaluation("k-NN", 0.601, 0.6, 0.8)], HEALTHY,
             Verdict("The trained backbone is level with the untrained network but stays behind raw pixels, by k-NN; "
-                    "its training is healthy.", "bad", MORE_TRAINING),
+                    "training is healthy.", "bad", MORE_TRAINING),
         ),
         (
             [Evaluation("k-NN", skipped="no labels")], HEALTHY,
-            Verdict("Without labels the trained backbone has no score; its training is healthy.", "open"),
+            Verdict("Without labels the trained backbone has no score; training is healthy.", "open"),
         ),
         (
             [Evaluation("k-NN", skipped="no labels")], SICK,
-            Verdict("Without labels the trained backbone has no score; its training is not healthy (uniform collapse).",
+            Verdict("Without labels the trained backbone has no score; training is not healthy (uniform collapse).",
                     "bad", "Lower the temperature."),
         ),
     ],
