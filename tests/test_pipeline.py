@@ -1,0 +1,165 @@
+"""The whole pipeline, really run by DVC on a tiny data set (scikit-learn's digits) in scratch clones."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "data": {"folder": "data/raw/digits"},
+    "pretrain": {
+        "epochs": 2,
+        "batch": 64,
+        "patch_size": 4,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "out_dim": 64,
+        "hidden_dim": 32,
+        "bottleneck_dim": 16,
+        "global_px": 8,
+        "local_px": 4,
+        "drop_path_rate": 0.1,
+        "warmup_epochs": 0.5,
+        "blur_p": [0.5, 0.5, 0.5],
+        "solarize_p": [0.0, 0.2, 0.0],
+    },
+    "embed": {"resize_px": 8, "crop_px": 8, "pixels_px": 8},
+    "knn": {"neighbours": [1, 5, 20]},
+    "linear": {"epochs": 5, "lrs": [0.1, 1.0]},
+}
+STAGES = ["fetch", "prepare", "pretrain", "embed", "knn", "linear", "report"]
+
+
+def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command as a user's terminal would run it, with this interpreter's `python` and `dvc` first."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("DINO_", "MLFLOW_", "DVC_"))}
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env={**outside, "PATH": path, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def scratch_clone(folder: Path) -> Path:
+    """The working tree as it stands, committed in a git repository of its own, with tiny settings."""
+    files = run(ROOT, "git", "ls-files", "--cached", "--others", "--exclude-standard").stdout.splitlines()
+    for name in filter(lambda name: (ROOT / name).is_file(), files):
+        if name != "dvc.lock" and not name.startswith("metrics/"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    settings = yaml.safe_load((folder / "params.yaml").read_text())
+    for section, values in TINY.items():
+        settings[section].update(values)
+    (folder / "params.yaml").write_text(yaml.safe_dump(settings))
+    run(folder, "git", "init", "-q")
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "tiny")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone in which `dvc repro` has run."""
+    folder = scratch_clone(tmp_path_factory.mktemp("first"))
+    done = run(folder, "dvc", "repro", PYTHONHASHSEED="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def outs(folder: Path) -> dict[str, str]:
+    """md5 of every out and metric that DVC recorded."""
+    lock = yaml.safe_load((folder / "dvc.lock").read_text())
+    return {out["path"]: out["md5"] for stage in lock["stages"].values() for out in stage["outs"]}
+
+
+def test_every_stage_runs_and_scores_stand_in_the_metrics(first: Path) -> None:
+    lock = yaml.safe_load((first / "dvc.lock").read_text())
+    assert sorted(lock["stages"]) == sorted(STAGES)
+    for name in ("knn", "linear"):
+        metrics = json.loads((first / f"metrics/{name}.json").read_text())
+        for kind in ("trained", "untrained", "pixels"):
+            scores = metrics[kind]
+            assert 0 <= scores["test_top1_low"] < scores["test_top1"] < scores["test_top1_high"] <= 1
+    assert "<html" in (first / "report/index.html").read_text()
+
+
+def test_nothing_reruns_when_nothing_changed(first: Path) -> None:
+    again = run(first, "dvc", "repro")
+    assert again.returncode == 0
+    assert "up to date" in again.stdout
+    assert "Running stage" not in again.stdout
+
+
+def test_another_directory_process_and_hash_seed_give_the_same_bytes(
+    first: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    second = scratch_clone(tmp_path_factory.mktemp("a-second-place"))
+    done = run(second, "dvc", "repro", PYTHONHASHSEED="2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r"Running stage '(\w+)'", done.stdout) == STAGES, "a stage came from a cache, or in another order"
+    assert outs(second) == outs(first)
+
+
+def test_a_setting_of_the_evaluation_reruns_no_training(first: Path) -> None:
+    plan = run(first, "dvc", "repro", "--dry", "knn")
+    assert "Running stage" not in plan.stdout
+    edit(first, lambda settings: settings["knn"].update(temperature=0.1))
+    try:
+        plan = run(first, "dvc", "repro", "--dry")
+        assert re.findall(r"Running stage '(\w+)'", plan.stdout) == ["knn"]
+        edit(first, lambda settings: settings["runtime"]["pretrain"].update(save_minutes=9.0))
+        assert re.findall(r"Running stage '(\w+)'", run(first, "dvc", "repro", "--dry").stdout) == ["knn"]
+    finally:
+        run(first, "git", "checkout", "params.yaml")
+
+
+def test_the_flow_finds_everything_up_to_date(first: Path) -> None:
+    flow = run(first, sys.executable, "-m", "pipelines.flow")
+    assert flow.returncode == 0, flow.stdout + flow.stderr
+    for stage in STAGES:
+        assert re.search(rf"{stage} .*unchanged", flow.stdout + flow.stderr), flow.stdout + flow.stderr
+
+
+def test_an_experiment_is_one_more_row_to_compare(first: Path) -> None:
+    done = run(first, "dvc", "exp", "run", "-S", "linear.epochs=3", "--name", "short-probe")
+    assert done.returncode == 0, done.stdout + done.stderr
+    shown = run(first, "dvc", "exp", "show", "--csv")
+    assert "short-probe" in shown.stdout
+    difference = run(first, "dvc", "metrics", "diff", "--json")
+    assert "metrics/linear.json" in difference.stdout
+
+
+def test_a_wrong_setting_is_one_clear_error_and_loses_nothing(first: Path) -> None:
+    edit(first, lambda settings: settings["pretrain"].update(arch="vit_smal", epoch=3))
+    before = outs(first)
+    try:
+        failed = run(first, "dvc", "repro")
+    finally:
+        run(first, "git", "checkout", "params.yaml")
+    assert failed.returncode != 0
+    said = failed.stdout + failed.stderr
+    assert "did you mean pretrain.epochs?" in said
+    assert "Traceback" not in said
+    assert outs(first) == before
+    run(first, "dvc", "checkout", "-f")
+
+
+def edit(folder: Path, change: Callable[[dict], object]) -> None:  # type: ignore[type-arg]
+    """Change the clone's params.yaml."""
+    path = folder / "params.yaml"
+    settings = yaml.safe_load(path.read_text())
+    change(settings)
+    path.write_text(yaml.safe_dump(settings))
