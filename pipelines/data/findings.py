@@ -13,7 +13,7 @@ from pipelines.data.sheet import sample_sheet
 
 BROKEN_SHARE = 0.5  # with more broken images than this, something else is wrong
 BROKEN_LISTED = 10
-CLASSES_LISTED = 100  # with more classes, the balance is summed up
+CLASSES_LISTED = 20  # with more classes, the balance is summed up
 DARK = 64  # of 255: where no pixel of a whole set is brighter, it was probably scaled wrongly
 SHEET_ROWS, SHEET_COLUMNS = 12, 10
 

@@ -132,7 +132,8 @@ def test_both_ways_closed_is_one_error_that_names_both(
     with pytest.raises(ValueError) as error:
         fashion(place, [closed_url])
     text = str(error.value)
-    assert f"torchvision's mirror: {closed_url}/train-images-idx3-ubyte.gz: [Errno 111] Connection refused" in text
+    assert f"torchvision's mirror: {closed_url}/train-images-idx3-ubyte.gz: [Errno" in text
+    assert "Connection refused" in text
     assert "Debian package dataset-fashion-mnist: there is no apt-get on this machine" in text
     assert str(place / "downloads") in text and "http_proxy" in text
     assert not any(path.is_file() for path in place.rglob("*"))
