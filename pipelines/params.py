@@ -70,6 +70,7 @@ class Linear(Section):
     epochs: Count
     batch: Count
     lrs: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
+    dampings: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
     momentum: Share
 
 

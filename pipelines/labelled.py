@@ -1,0 +1,88 @@
+"""Labels joined to features by split and id; images without a label are left out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pipelines import paths
+from pipelines.feature_file import Features
+
+IMAGE = ["split", "id"]
+
+
+class LabelledRows(NamedTuple):
+    """Features and labels of the labelled images of one or more splits, in table order."""
+
+    features_ND: Tensor  # float32
+    labels_N: Tensor  # int64
+
+    def to(self, device: torch.device) -> "LabelledRows":
+        """The same on another device."""
+        return LabelledRows(self.features_ND.to(device), self.labels_N.to(device))
+
+    def followed_by(self, other: "LabelledRows") -> "LabelledRows":
+        """Both, these first."""
+        return LabelledRows(*(torch.cat(pair) for pair in zip(self, other, strict=True)))
+
+
+@dataclass(frozen=True)
+class Labels:
+    """labels.parquet: split, id, label (NA: none), name, a row an image."""
+
+    table: pd.DataFrame
+
+    @staticmethod
+    def read() -> "Labels":
+        """Read it.
+
+        Raises:
+            ValueError: there is no such file.
+        """
+        if not paths.LABELS.is_file():
+            raise ValueError(f"no {paths.LABELS}; `dvc repro prepare` writes it")
+        columns = [*IMAGE, "label", "name"]
+        return Labels(pd.read_parquet(paths.LABELS, columns=columns, dtype_backend="numpy_nullable"))
+
+    @property
+    def names(self) -> Mapping[int, str]:
+        """Name of each label."""
+        labelled = self.table.dropna(subset="label").drop_duplicates("label")
+        named = labelled["name"].fillna(labelled["label"].astype(str))
+        return {int(label): str(name) for label, name in zip(labelled["label"], named, strict=True)}
+
+    def why_not(self) -> str:
+        """Why nothing can be evaluated with these labels; empty if it can."""
+        labelled = self.table["label"].notna().groupby(self.table["split"]).sum()
+        counts = {split: int(labelled.get(split, 0)) for split in paths.IMAGES}
+        if not any(counts.values()):
+            return "the images have no labels"
+        lacking = [split for split, count in counts.items() if not count]
+        return f"no image of the {' or the '.join(lacking)} split has a label" if lacking else ""
+
+    def join(self, features: Features) -> dict[str, LabelledRows]:
+        """Labelled rows of each split.
+
+        Raises:
+            ValueError: the two files hold different images.
+        """
+        rows = pd.DataFrame({"split": features.splits, "id": features.ids, "row": range(len(features.ids))})
+        both = rows.merge(self.table, how="outer", on=IMAGE, validate="one_to_one", indicator="found")
+        alone = both[both["found"] != "both"]
+        if len(alone):
+            example = alone.iloc[0]
+            raise ValueError(
+                f"{features.path} and {paths.LABELS} hold different images: {len(alone):,} are in one of them only, "
+                f"such as {example['id']} ({example['split']}); `dvc repro embed` makes the features anew"
+            )
+        known = both.dropna(subset="label").sort_values("row")
+        joined = {}
+        for split in paths.IMAGES:
+            part = known[known["split"] == split]
+            row_N = torch.from_numpy(part["row"].to_numpy(dtype="int64", copy=True))
+            label_N = torch.from_numpy(part["label"].to_numpy(dtype="int64", copy=True))
+            joined[split] = LabelledRows(features.rows_ND[row_N], label_N)
+        return joined

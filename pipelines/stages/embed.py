@@ -1,0 +1,121 @@
+"""Features of the trained backbone, of the same network untrained, and raw pixels, for every image of every split.
+
+One pass over the images: each is decoded once for all three.
+"""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from dino.checkpoint import load_backbone, untrained_backbone
+from dino.distributed import World
+from dino.features import backbone_features, feature_batches, pixel_features
+from dino.images import ImageTable
+from pipelines import paths
+from pipelines.feature_file import GROUP_ROWS, Write, feature_writer
+from pipelines.params import Embed, Params
+from pipelines.progress import progress
+from pipelines.stage import run_stage
+
+PIXEL_NUMBERS = 4096  # of an image; beyond it the pixels' linear probe and k-NN outgrow memory and patience
+
+
+def main(params: Params) -> None:
+    """Embed all images."""
+    with World.start() as world:
+        embed(params.embed, batch=params.runtime.embed.batch, world=world)
+
+
+def embed(sizes: Embed, *, batch: int, world: World) -> None:
+    """Write features/{trained,untrained,pixels}.parquet.
+
+    Raises:
+        ValueError: sizes that do not fit the network or the images, images of other channels than the network's,
+            features that are not finite.
+    """
+    trained, facts = load_backbone(paths.TEACHER)
+    tables = {split: ImageTable(path) for split, path in paths.IMAGES.items()}
+    check(sizes, facts, channels=tables["train"].channels)
+    networks = {"trained": trained, "untrained": untrained_backbone(facts)}
+    view = {"resize_px": sizes.resize_px, "crop_px": sizes.crop_px}
+    extractors = {
+        kind: backbone_features(network.to(world.device), **view, mean=facts["mean"], std=facts["std"])
+        for kind, network in networks.items()
+    }
+    # the same part of the image, shrunk
+    resize_px = round(sizes.resize_px * sizes.pixels_px / sizes.crop_px)
+    extractors["pixels"] = pixel_features(resize_px=max(resize_px, sizes.pixels_px), crop_px=sizes.pixels_px)
+    total = sum(map(len, tables.values()))
+    with ExitStack() as open_files:
+        writers = {}
+        if world.is_main:
+            for kind in extractors:
+                key = facts["key"] if kind in networks else None
+                file = feature_writer(paths.features_file(kind), kind=kind, key=key)
+                writers[kind] = open_files.enter_context(file)
+        advance = open_files.enter_context(progress("embed", total)) if world.is_main else ignore
+        for split, table in tables.items():
+            for first in range(0, len(table), GROUP_ROWS):
+                rows = range(first, min(first + GROUP_ROWS, len(table)))
+                parts = []
+                for found in feature_batches(list(extractors.values()), table, rows, batch=batch, world=world):
+                    parts.append(found)
+                    advance(len(found[0]))
+                for kind, features in zip(extractors, zip(*parts, strict=True), strict=True):
+                    write_group(writers, kind, split, table.ids[first : rows.stop], torch.cat(features))
+    world.barrier()  # no rank goes on before the files are there
+    if world.is_main:
+        print(f"embed: {total:,} images, {trained.embed_dim} features each", flush=True)
+
+
+def ignore(more: int) -> None:
+    """Tell nobody: another rank does."""
+
+
+def write_group(writers: Mapping[str, Write], kind: str, split: str, ids: list[str], features_ND: torch.Tensor) -> None:
+    """Write one row group, on the rank that writes.
+
+    Raises:
+        ValueError: features that are not finite.
+    """
+    if not features_ND.isfinite().all():
+        raise ValueError(
+            f"{paths.TEACHER}: the {kind} network gives features that are not finite; its training diverged: "
+            "lower pretrain.lr_at_256 or lengthen pretrain.warmup_epochs"
+        )
+    if kind in writers:
+        writers[kind](split, ids, features_ND.numpy())
+
+
+def check(sizes: Embed, facts: Mapping[str, Any], *, channels: int) -> None:
+    """Refuse sizes that do not fit the network of these facts, or images of these channels."""
+    patch, crop = facts["arch"].get("patch_size", 1), sizes.crop_px
+    if crop > sizes.resize_px:
+        raise ValueError(
+            f"embed.crop_px ({crop}) is larger than embed.resize_px ({sizes.resize_px}); choose at most that"
+        )
+    if crop % patch:
+        below, above = crop // patch * patch, (crop // patch + 1) * patch
+        fitting = f"{below} or {above}" if below else f"{above}"
+        raise ValueError(
+            f"embed.crop_px ({crop}) is not divisible by the patch size ({patch} px) of {paths.TEACHER}; "
+            f"choose {fitting}"
+        )
+    if channels != facts["channels"]:
+        raise ValueError(
+            f"{paths.TEACHER} was trained on images of {facts['channels']} channel(s), those of {paths.TRAIN_IMAGES} "
+            f"have {channels}; `dvc repro pretrain` trains on these"
+        )
+    numbers = channels * sizes.pixels_px**2
+    if numbers > PIXEL_NUMBERS:
+        most = int((PIXEL_NUMBERS / channels) ** 0.5)
+        raise ValueError(
+            f"embed.pixels_px ({sizes.pixels_px}) makes {numbers:,} numbers an image of the raw-pixels baseline; "
+            f"choose at most {most}"
+        )
+
+
+if __name__ == "__main__":
+    run_stage("embed", main)

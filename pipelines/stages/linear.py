@@ -1,0 +1,68 @@
+"""Linear probes on stored features: settings chosen on val, the chosen one refitted on train + val, tested once."""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from itertools import product
+
+from dino.distributed import World
+from dino.linear import Setting, train_probes
+from pipelines.evaluate import Judged, best, evaluate, warn
+from pipelines.labelled import LabelledRows
+from pipelines.params import Linear, Params
+from pipelines.stage import run_stage
+
+PROTOCOL = (
+    "linear probe on stored features without augmentation (not the paper's protocol): softmax regression by SGD, steps "
+    "scaled along the features' principal axes; lr and damping chosen on val, refitted on train + val, tested once"
+)
+
+
+def main(params: Params) -> None:
+    """Evaluate every kind of features."""
+    with World.start() as world:
+
+        def judge(kind: str, rows: Mapping[str, LabelledRows]) -> Judged:
+            return judge_linear(kind, rows, params.linear)
+
+        evaluate("linear", params, world, judge, protocol=PROTOCOL)
+
+
+def judge_linear(kind: str, rows: Mapping[str, LabelledRows], linear: Linear) -> Judged:
+    """Train all settings on train, choose on val, refit that one on train + val, predict test.
+
+    Raises:
+        ValueError: every setting diverged.
+    """
+    fit = partial(train_probes, epochs=linear.epochs, batch=linear.batch, momentum=linear.momentum, seed=linear.seed)
+    settings = [Setting(lr, damping) for damping, lr in product(linear.dampings, linear.lrs)]
+    scores = fit(*rows["train"], settings=settings).accuracy(*rows["val"])
+    by_setting = dict(zip(settings, scores, strict=True))
+    finite = {setting: share for setting, share in by_setting.items() if not math.isnan(share)}
+    diverged = [f"lr {s.lr:g} damping {s.damping:g}" for s in settings if s not in finite]
+    warn("linear", [f"{kind}: {setting} diverged, which loses" for setting in diverged])
+    cure = "put smaller ones into linear.lrs"
+    if not finite:
+        raise ValueError(f"linear probes of the {kind} features diverged with every setting; {cure}")
+    setting = best(finite)
+    final = fit(*rows["train"].followed_by(rows["val"]), settings=[setting])
+    if final.diverged.any():
+        raise ValueError(
+            f"the linear probe of the {kind} features diverged with lr {setting.lr:g} on train + val; {cure}"
+        )
+    by_lr = {
+        f"{lr:g}": max(share for tried, share in finite.items() if tried.lr == lr)
+        for lr in linear.lrs
+        if any(tried.lr == lr for tried in finite)
+    }
+    return Judged(
+        finite[setting],
+        setting._asdict(),
+        final.predict(rows["test"].features_ND)[0].cpu(),
+        rows["test"].labels_N.cpu(),
+        {"val_by_lr": by_lr} | ({"diverged": diverged} if diverged else {}),
+    )
+
+
+if __name__ == "__main__":
+    run_stage("linear", main)
