@@ -3,8 +3,11 @@
 The one home of YAML and pydantic. What a value does stands in params.yaml's comments.
 """
 
+import re
+from collections.abc import Hashable
 from difflib import get_close_matches
 from pathlib import Path
+from reprlib import repr as short_repr
 from typing import Annotated, Any
 
 import yaml
@@ -14,7 +17,7 @@ from pydantic.dataclasses import dataclass
 from dino.config import PretrainConfig
 from pipelines import paths
 
-STRICT = ConfigDict(extra="forbid", frozen=True)
+STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -35,7 +38,7 @@ class Data(Section):
     seed: Annotated[int, Field(ge=0)]
 
 
-@dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
+@dataclass(config=ConfigDict(extra="forbid", allow_inf_nan=False), frozen=True, kw_only=True)
 class Pretrain(PretrainConfig):
     """Stage pretrain; the checks are `dino`'s own."""
 
@@ -129,10 +132,11 @@ class _UniqueKeys(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands here twice; keep one", key_node.start_mark
-                )
+            problem = None if isinstance(key, Hashable) else "a key must be one word"
+            if problem is None and key in seen:
+                problem = f"the key {key!r} stands here twice; keep one"
+            if problem:
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -147,29 +151,71 @@ def load(path: Path = paths.PARAMS) -> Params:
         raise ValueError(f"no {path} in {Path.cwd()}; run from the repository's root")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as YAML: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as YAML: {_yaml_problem(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no sections; restore it with `git checkout {path}`")
     try:
-        return Params.model_validate(content)
+        params = Params.model_validate(content)
+        found = _truth_as_number(content, params)
     except ValidationError as error:
-        found = [line for problem in error.errors() for line in _explain(problem, content)]
+        found = [line for problem in error.errors() for line in _explain(problem)]
+        found += _behind_wrong_types(error, content)
+    if found:
         count = f"{len(found)} problem{'s' * (len(found) > 1)}"
-        raise ValueError(f"{path} has {count}:\n" + "\n".join(f"  {line}" for line in found)) from None
+        raise ValueError(f"{path} has {count}:\n" + "\n".join(f"  {line}" for line in found))
+    return params
 
 
-def _explain(problem: Any, content: dict[str, Any]) -> list[str]:
+def _yaml_problem(error: Exception) -> str:
+    """What is wrong on which line."""
+    mark = getattr(error, "problem_mark", None)
+    if not isinstance(error, yaml.MarkedYAMLError) or mark is None:
+        return str(error)
+    cure = "; indent with spaces, not with a tab" if "\\t" in str(error.problem) else ""
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}{cure}"
+
+
+def _truth_as_number(content: Any, found: Any, *place: str) -> list[str]:
+    """Where YAML's true or false (also yes, on, no, off) came through as the 1 or 0 that Python takes it for."""
+    if isinstance(content, dict):
+        pairs = [(key, value, getattr(found, key)) for key, value in content.items()]
+    elif isinstance(content, list):
+        pairs = [(str(index), *pair) for index, pair in enumerate(zip(content, found, strict=True))]
+    else:
+        wrong = isinstance(content, bool) and not isinstance(found, bool)
+        return [f"{'.'.join(place)} is {content}: choose a number"] if wrong else []
+    return [line for key, value, now in pairs for line in _truth_as_number(value, now, *place, key)]
+
+
+def _behind_wrong_types(error: ValidationError, content: dict[str, Any]) -> list[str]:
+    """Problems of `pretrain` that pydantic does not come to while other keys of it have a wrong type."""
+    places = [problem["loc"] for problem in error.errors()]
+    wrong = {str(place[1]) for place in places if place[:1] == ("pretrain",) and len(place) > 1}
+    section = content.get("pretrain")
+    if not wrong or not isinstance(section, dict):
+        return []
+    rest = {key: value for key, value in section.items() if str(key) not in wrong}
+    try:
+        Params.model_validate({**content, "pretrain": rest})
+    except ValidationError as second:
+        behind = [p for p in second.errors() if p["loc"] == ("pretrain",) and p["type"] == "value_error"]
+        lines = [line for problem in behind for line in _explain(problem)]
+        return [line for line in lines if not wrong & set(re.findall(r"\w+", line))]  # of a default in its place
+    return []
+
+
+def _explain(problem: Any) -> list[str]:
     """A pydantic problem as lines of place, what is wrong, and cure."""
     *section, key = problem["loc"] or ("",)
-    place = ".".join(map(str, problem["loc"]))
+    place = ".".join(name if name.isprintable() else repr(name) for name in map(str, problem["loc"]))
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return [f"{place}: no such parameter{_did_you_mean(section, str(key))}"]
     if problem["type"] == "missing":
         return [f"{place}: missing; add it (the defaults stand in the repository's {paths.PARAMS})"]
     if problem["type"] == "value_error":
         return [f"{place}.{line}" for line in str(problem["ctx"]["error"]).splitlines()]
-    return [f"{place} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"]
+    return [f"{place} is {short_repr(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}"]
 
 
 def _did_you_mean(section: list[Any], key: str) -> str:
