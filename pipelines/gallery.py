@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 from dino import look
@@ -14,6 +13,8 @@ from dino.checkpoint import load_backbone
 from dino.images import ImageTable
 from pipelines import paths
 from pipelines.charts import Picture
+from pipelines.feature_file import read_features
+from pipelines.labelled import Labels
 
 SIDE_PX = 112  # of a picture on the page
 HEADS_UP_TO = 6  # attention heads shown
@@ -31,10 +32,10 @@ class Classes:
     @staticmethod
     def read() -> "Classes":
         """From labels.parquet."""
-        rows = pq.read_table(paths.LABELS, columns=["split", "id", "label", "name"]).to_pylist()
-        labelled = [row for row in rows if row["label"] is not None]
-        names = [name for _, name in sorted({(row["label"], row["name"]) for row in labelled})]
-        return Classes(names, {(row["split"], row["id"]): row["name"] for row in labelled})
+        labels = Labels.read()
+        names, rows = labels.names, labels.table.dropna(subset="label")
+        of = zip(rows["split"], rows["id"], rows["label"], strict=True)
+        return Classes([names[label] for label in sorted(names)], {(split, i): names[label] for split, i, label in of})
 
     def counts(self) -> dict[str, list[int]]:
         """Images of each class in train, val and test."""
@@ -60,12 +61,9 @@ def choose_queries(classes: Classes, count: int) -> list[int]:
 
 def neighbour_rows(classes: Classes, queries: Sequence[int], neighbours: int) -> list[list[Picture]]:
     """Each query, then the training images nearest to it by the trained backbone's features, nearest first."""
-    table = pq.read_table(paths.features_file("trained"), columns=["split", "features"])
-    splits = table.column("split").to_numpy(zero_copy_only=False)
-    flat = table.column("features").combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    features_ND = flat.reshape(len(splits), -1)
+    features = read_features("trained")
     test, train = (ImageTable(paths.IMAGES[split]) for split in ("test", "train"))
-    bank, asked = (torch.from_numpy(features_ND[splits == split]) for split in ("train", "test"))
+    bank, asked = (features.rows_ND[torch.from_numpy(features.splits == split)] for split in ("train", "test"))
     found_QK, _ = look.nearest_neighbours(asked[list(queries)], bank, neighbours=neighbours)
     rows = []
     for query, found in zip(queries, found_QK.tolist(), strict=True):

@@ -12,6 +12,7 @@ from pipelines import paths
 KINDS = {"pixels": "Raw pixels", "untrained": "Untrained backbone", "trained": "Trained backbone"}
 BASELINES = {"untrained": "the untrained network", "pixels": "raw pixels"}
 EVALUATIONS = {"k-NN": paths.KNN_METRICS, "linear probe": paths.LINEAR_METRICS}
+TOP1 = ("val_top1", "test_top1", "test_top1_low", "test_top1_high")
 MORE_TRAINING = "Healthy but not ahead: first give it more training (pretrain.epochs), then other crops."
 
 
@@ -25,6 +26,7 @@ class Score:
     val: float
     chosen: str = ""
     val_by_setting: Mapping[str, float] = field(default_factory=dict)
+    diverged: Sequence[str] = ()
 
     def __str__(self) -> str:
         """Like `87.1 (86.4-87.8)`, in percent."""
@@ -32,7 +34,7 @@ class Score:
 
     @staticmethod
     def read(values: Mapping[str, Any]) -> "Score":
-        """From an entry of metrics/knn.json or linear.json; the table `val_by_k` says that k was chosen on val."""
+        """From an entry of metrics/knn.json or linear.json: `k` was chosen on val, out of the table `val_by_k`."""
         table = next((name for name in sorted(values) if name.startswith("val_by_")), "")
         setting = table.removeprefix("val_by_")
         return Score(
@@ -40,11 +42,16 @@ class Score:
             low=values["test_top1_low"],
             high=values["test_top1_high"],
             val=values["val_top1"],
-            chosen=f"{setting} = {values[setting]:g}" if setting in values else "",
+            chosen=", ".join(
+                f"{name} = {value:g}"
+                for name, value in sorted(values.items())
+                if isinstance(value, int | float) and name not in TOP1
+            ),
             val_by_setting={
                 f"{setting} = {float(value):g}": values[table][value]
                 for value in sorted(values.get(table, ()), key=float)
             },
+            diverged=values.get("diverged", ()),
         )
 
 

@@ -18,10 +18,12 @@ from dino.checkpoint import BACKBONE_FORMAT, save_tensors
 from dino.config import PretrainConfig
 from dino.images import write_image_table
 from dino.vision_transformer import VisionTransformer
+from pipelines.feature_file import feature_writer
 
 REPOSITORY = Path(__file__).parents[2]
 SIDE_PX, WIDTH, PROTOTYPES = 12, 16, 64
 COUNTS = {"train": 12, "val": 3, "test": 5}  # images of each class
+KEY = "0123456789abcdef"
 HEALTHY = {"state": "healthy", "advice": "Nothing to do."}
 
 
@@ -40,7 +42,8 @@ KNN = {
     "protocol": "weighted k-NN, temperature 0.07",
 }  # fmt: skip
 LINEAR = {
-    "trained": score(0.8823, lr=0.3), "untrained": score(0.7011, lr=1.0), "pixels": score(0.8406, lr=0.03),
+    "trained": {**score(0.8823, lr=0.3), "damping": 0.25, "diverged": ["lr 30 damping 1"]},
+    "untrained": score(0.7011, lr=1.0), "pixels": score(0.8406, lr=0.03),
     "protocol": "linear probe on stored features",
 }  # fmt: skip
 NO_LABELS = {"skipped": "the data set has no labels"}
@@ -95,11 +98,10 @@ def _write_tables(root: Path, label_rows: list[tuple], feature_rows: list[tuple]
     types = [pa.string(), pa.string(), pa.int64(), pa.string(), pa.string()]
     columns = [pa.array(column, kind) for column, kind in zip(zip(*label_rows, strict=True), types, strict=True)]
     pq.write_table(pa.table(columns, names=names), root / "data/prepared/labels.parquet")
-    splits, ids, features = zip(*feature_rows, strict=True)
-    flat = pa.array(np.concatenate(features).astype(np.float32))
-    table = pa.table({"split": splits, "id": ids, "features": pa.FixedSizeListArray.from_arrays(flat, WIDTH)})
-    (root / "features").mkdir()
-    pq.write_table(table, root / "features/trained.parquet")
+    with feature_writer(root / "features/trained.parquet", kind="trained", key=KEY) as write:
+        for split in COUNTS:
+            ids, features = zip(*((i, row) for its_split, i, row in feature_rows if its_split == split), strict=True)
+            write(split, ids, np.stack(features).astype(np.float32))
 
 
 def _write_metrics(
@@ -119,7 +121,7 @@ def _write_metrics(
     }  # fmt: skip
     training = {
         "loss": 3.21, "teacher_entropy": 1.2, "kl": 2.0, "health": health, "epochs": 2, "steps": 40,
-        "images_seen": 12345, "key": "0123456789abcdef", "precision": "fp32", "parameters": 54321,
+        "images_seen": 12345, "key": KEY, "precision": "fp32", "parameters": 54321,
     }  # fmt: skip
     for name, values in {"data": data, "pretrain": training, "knn": knn, "linear": linear}.items():
         (root / f"metrics/{name}.json").write_text(json.dumps(values), encoding="utf-8")
@@ -145,6 +147,6 @@ def _write_model(root: Path) -> None:
     params = PretrainConfig(epochs=2, batch=16, warmup_epochs=1, out_dim=PROTOTYPES)
     facts = {
         "format": BACKBONE_FORMAT, "arch": network.arch, "seed": 0, "channels": 1, "mean": [0.28], "std": [0.35],
-        "params": dict(vars(params)), "data_md5": "d41d8cd98f00b204e9800998ecf8427e", "key": "0123456789abcdef",
+        "params": dict(vars(params)), "data_md5": "d41d8cd98f00b204e9800998ecf8427e", "key": KEY,
     }  # fmt: skip
     save_tensors(root / "models/teacher.safetensors", network.state_dict(), facts)

@@ -177,9 +177,9 @@ def test_verdict_first_then_everything_else(page: Page, folder: Path):
     words = page.words
     assert words.index(sentence + "training is healthy.") < words.index("Nearest neighbours")
     for word in (
-        "weighted k-NN, temperature 0.07", "k = 10", "lr = 0.3", "12,345 images seen", "60 images",
-        "duplicates within train 3", "12 to 18, median 12", "teacher_temp_start", "0123456789abcdef",
-        "d41d8cd98f00b204e9800998ecf8427e", "uniform", "0.286",
+        "weighted k-NN, temperature 0.07", "k = 10", "damping = 0.25, lr = 0.3", "diverged lr 30 damping 1",
+        "12,345 images seen", "60 images", "duplicates within train 3", "12 to 18, median 12", "teacher_temp_start",
+        "0123456789abcdef", "d41d8cd98f00b204e9800998ecf8427e", "uniform", "0.286",
     ):  # fmt: skip
         assert word in words, word
     assert "in test too" not in words  # none of these

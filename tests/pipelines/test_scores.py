@@ -76,7 +76,8 @@ def test_the_sentence(found: list[Evaluation], health: dict[str, str], expected:
 
 def test_files_are_read_with_their_settings_in_order(tmp_path: Path):
     path = tmp_path / "linear.json"
-    values = {**LINEAR["trained"], "lr": 0.001, "val_by_lr": {"0.01": 0.8, "0.001": 0.81, "3.0": 0.5}}
+    by_lr = {"10": 0.4, "0.01": 0.8, "0.001": 0.81, "3.0": 0.5}
+    values = {**LINEAR["trained"], "lr": 0.001, "damping": 0.1, "val_by_lr": by_lr, "diverged": ["lr 30 damping 1"]}
     path.write_text(json.dumps({"trained": values, "protocol": "stored features"}))
     found = Evaluation.read("linear probe", path)
     assert found.protocol == "stored features" and list(found.scores) == ["trained"]
@@ -84,8 +85,9 @@ def test_files_are_read_with_their_settings_in_order(tmp_path: Path):
     assert (score.test, score.low, score.high, score.val) == tuple(
         LINEAR["trained"][name] for name in ("test_top1", "test_top1_low", "test_top1_high", "val_top1")
     )
-    assert score.chosen == "lr = 0.001"
-    assert list(score.val_by_setting.items()) == [("lr = 0.001", 0.81), ("lr = 0.01", 0.8), ("lr = 3", 0.5)]
+    assert score.chosen == "damping = 0.1, lr = 0.001" and score.diverged == ["lr 30 damping 1"]
+    by_setting = {"lr = 0.001": 0.81, "lr = 0.01": 0.8, "lr = 3": 0.5, "lr = 10": 0.4}
+    assert list(score.val_by_setting.items()) == list(by_setting.items())
     assert str(score) == "88.2 (87.1-89.3)"
     assert found.settings == list(score.val_by_setting)
 
