@@ -48,7 +48,9 @@ def pipeline(targets: list[str] | None = None, force: bool = False) -> State:
 
         def run_stage(stage: str) -> State:
             logger = get_run_logger()
-            results[stage] = result = runner.run(stage, logger.info)
+            # A stage that begins its lines with its name, for `dvc repro`, has it from Prefect here.
+            result = runner.run(stage, lambda line: logger.info(line.removeprefix(f"{stage}: ")))
+            results[stage] = result
             if result.outcome is Outcome.CANCELLED:
                 return Cancelled(message=f"{stage} was ended")
             if result.outcome is Outcome.FAILED:

@@ -28,7 +28,7 @@ DIAMOND = {
     "dig": ([], "print('digging')"),
     "left": (["dig"], MEET.format(me="left", other="right")),
     "right": (["dig"], MEET.format(me="right", other="left")),
-    "join": (["left", "right"], "print('joining')"),
+    "join": (["left", "right"], "print('join: 100%s joined')"),  # as stages speak under `dvc repro`
 }
 
 
@@ -96,7 +96,7 @@ def test_flow_is_dvcs_graph_with_siblings_in_parallel_and_runs_once(tmp_path, se
     prefect = Prefect(server)
     assert prefect.run["state_type"] == "COMPLETED"
     assert prefect.tasks(set(DIAMOND)) == dict.fromkeys(DIAMOND, "Ran")
-    wait_until(lambda: {"digging", "met left", "met right", "joining"} <= set(prefect.logs()))
+    wait_until(lambda: {"digging", "met left", "met right", "100%s joined"} <= set(prefect.logs()))
     assert all(f"| {stage} | ran |" in prefect.page() for stage in DIAMOND)
 
     assert main([]) == 0
