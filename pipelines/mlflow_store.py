@@ -14,9 +14,11 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 from mlflow import MlflowClient
+from mlflow.data.dataset_source import DatasetSource
+from mlflow.data.dataset_source_registry import register_dataset_source
 from mlflow.entities import (
     Dataset,
     DatasetInput,
@@ -33,6 +35,7 @@ from mlflow.exceptions import MlflowException
 from pipelines import paths
 from pipelines.row import EvaluationContent, Lineage, RowContent
 from pipelines.view import EXPERIMENT_TAGS, describe
+from pipelines.workspace import file_md5
 
 # MLflow's own: seven retries of 120 s each. A result is safe in its JSON file, so a lost server may cost seconds only.
 for _variable, _value in (
@@ -50,6 +53,7 @@ KEY_TAG = "dino.key"
 CHILD_OF_TAG = "dino.child_of"
 EVALUATION_TAG = "dino.evaluation"
 MODEL_TAG = "dino.model_id"
+CURVES_TAG = "dino.curves_md5"
 NOTE_TAG = "mlflow.note.content"
 METRICS_A_BATCH, PARAMS_A_BATCH, TAGS_A_BATCH = 1000, 100, 100
 LOCK_SECONDS = 60.0
@@ -194,6 +198,54 @@ def _artifacts(uri: str) -> str | None:
     return folder.as_uri()
 
 
+class DvcSource(DatasetSource):
+    """A data set by path and DVC's md5: `mlflow.data.get_source(run.inputs.dataset_inputs[0])` gives one.
+
+    `load()` gives the file's path, if that very version lies there.
+    """
+
+    def __init__(self, path: str, md5: str) -> None:
+        """A file of the repository and its md5 in dvc.lock."""
+        self.path, self.md5 = path, md5
+
+    @staticmethod
+    def _get_source_type() -> str:
+        return "dvc"
+
+    def load(self) -> Path:
+        """The file in the working directory.
+
+        Raises:
+            FileNotFoundError: it is missing, or another version lies there.
+        """
+        path = Path(self.path)
+        if not path.is_file() or file_md5(path) != self.md5:
+            raise FileNotFoundError(
+                f"{path} with md5 {self.md5} does not lie here; check out the run's git commit, then: dvc pull {path}"
+            )
+        return path
+
+    @staticmethod
+    def _can_resolve(raw_source: Any) -> bool:
+        return False  # made from dvc.lock, never guessed from a path
+
+    @classmethod
+    def _resolve(cls, raw_source: Any) -> Self:
+        raise NotImplementedError("name the path and the md5: DvcSource(path, md5)")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What MLflow stores."""
+        return {"path": self.path, "md5": self.md5}
+
+    @classmethod
+    def from_dict(cls, source_dict: dict[Any, Any]) -> Self:
+        """Read back what MLflow stored."""
+        return cls(source_dict["path"], source_dict["md5"])
+
+
+register_dataset_source(DvcSource)  # type: ignore[arg-type]  # it takes classes; mlflow annotates instances
+
+
 class Row:
     """One MLflow run. Whatever it already says is not said again, so every method may be called twice."""
 
@@ -288,8 +340,8 @@ class Row:
                 Dataset(
                     name=one.name,
                     digest=one.md5,
-                    source_type="dvc",
-                    source=json.dumps({"path": one.path, "md5": one.md5}),
+                    source_type=DvcSource._get_source_type(),
+                    source=DvcSource(one.path, one.md5).to_json(),
                     profile=json.dumps(one.profile) if one.profile else None,
                 ),
                 [InputTag("mlflow.data.context", one.context)],
@@ -329,8 +381,10 @@ class Row:
             self.add_data(content.data)
             if content.teacher_md5:
                 self.add_model(content.teacher_md5, content.name)
-            now = _now_ms()
-            self.add_points((step, now, values) for step, values in content.points)
+            if content.points_digest and self.tags.get(CURVES_TAG) != content.points_digest:
+                now = _now_ms()
+                self.add_points((step, now, values) for step, values in content.points)
+                self.add_tags({CURVES_TAG: content.points_digest})
             self.add_summaries(content.summaries)
             self.add_files(content.files)
             self.tell()

@@ -43,6 +43,7 @@ class RowContent:
     tags: dict[str, str] = field(default_factory=dict)
     summaries: dict[str, float] = field(default_factory=dict)
     points: list[Point] = field(default_factory=list)
+    points_digest: str = ""  # tells whole curves apart; a row that has them is not asked for every step again
     data: list[Lineage] = field(default_factory=list)
     teacher_md5: str | None = None
     files: list[tuple[Path, str]] = field(default_factory=list)  # (file, its folder among the artifacts)

@@ -14,9 +14,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from dino.files import whole_file
 from pipelines import paths, row, workspace
 
 if TYPE_CHECKING:  # mlflow costs two seconds: the thread imports it
@@ -38,23 +40,14 @@ def write_metrics(path: str | Path, values: Mapping[str, Any]) -> None:
         ValueError: a number is NaN or infinite; the message names its place.
         TypeError: a value or a key that JSON does not know.
     """
-    path = Path(path)
     if place := _not_finite(values):
         raise ValueError(
             f"{path}: {place} is not a finite number, so it is no result; "
             "find where it arises (a diverged training?), or leave it out"
         )
     text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with aside.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with whole_file(path) as aside:
+        aside.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _not_finite(value: Any, place: str = "") -> str:
@@ -269,23 +262,25 @@ def pretraining(params: Any, key: str, *, resolved: Mapping[str, Any] | None = N
     if tracker.off:
         yield tracker
         return
-    lock, folder = workspace.Lock(), str(settings["data"]["folder"])
-    images = workspace.read_json(paths.DATA_METRICS).get("images")
-    content = row.RowContent(
-        key=key,
-        name=row.run_name(chosen),
-        params=row.flat_params("pretrain", chosen) | row.flat_params("data", settings["data"]),
-        tags=row.circumstances() | row.md5_tags(lock.outs("fetch", "prepare")),
-        data=workspace.data_lineage(lock, folder, images),
-        files=row.files_in("pictures", [paths.SAMPLES_PICTURE]),
-    )
     earlier: list[float] = []  # seconds of the sessions that this one resumes
+
+    @cache
+    def content() -> row.RowContent:
+        lock, folder = workspace.Lock(), str(settings["data"]["folder"])
+        return row.RowContent(
+            key=key,
+            name=row.run_name(chosen),
+            params=row.flat_params("pretrain", chosen) | row.flat_params("data", settings["data"]),
+            tags=row.circumstances() | row.md5_tags(lock.outs("fetch", "prepare")),
+            data=workspace.data_lineage(lock, folder, workspace.read_json(paths.DATA_METRICS).get("images")),
+            files=row.files_in("pictures", [paths.SAMPLES_PICTURE]),
+        )
 
     def begin(r: "Row") -> None:
         r.start()
         if not earlier:
             earlier.append(r.metrics.get("seconds/pretrain", 0.0))
-        r.complete(content)
+        r.complete(content())
 
     tracker.submit(begin)
     started, status = time.monotonic(), "FAILED"

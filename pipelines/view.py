@@ -27,7 +27,7 @@ COLUMNS = {
 }
 # Charts of the compared runs, one step axis; a metric without one gets its own chart below these.
 SCORES = ("knn/val_top1", "linear/val_top1", "knn/test_top1")
-CURVES = ("loss", "teacher_entropy", "kl", "grad_norm", "lr", "images_per_second")
+CURVES = ("loss", "teacher_entropy", "kl", "rank_me", "grad_norm", "images_per_second")
 
 
 def _chart(kind: str, section: str, metric: str) -> dict[str, Any]:

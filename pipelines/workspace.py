@@ -7,14 +7,12 @@ Files that do not belong to this teacher (a pull without a checkout, an edit by 
 import csv
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 from safetensors import safe_open
 
 from pipelines import paths, row
@@ -41,21 +39,21 @@ def file_md5(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-class _Yaml12(yaml.SafeLoader):
-    """YAML as DVC writes it: PyYAML alone reads 1e-05 as text."""
-
-
-_Yaml12.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 class Lock:
     """dvc.lock, read: md5 of every out, and the params that each stage last ran with."""
 
     def __init__(self, path: Path = LOCK) -> None:
-        """Read `path`; a missing file is an empty lock."""
-        read = yaml.load(path.read_text(encoding="utf-8"), _Yaml12) if path.is_file() else {}
+        """Read `path`; a missing file is an empty lock.
+
+        Raises:
+            ValueError: the file is no YAML.
+        """
+        try:
+            read = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except yaml.YAMLError as error:
+            raise ValueError(
+                f"{path} cannot be read ({error}); after a merge: git checkout {path}, dvc repro"
+            ) from error
         self.stages: dict[str, Any] = (read or {}).get("stages", {})
 
     def outs(self, *stages: str) -> dict[str, str]:
@@ -176,6 +174,7 @@ def gather(settings: Mapping[str, Any]) -> Workspace:
         | (row.md5_tags(lock.outs("fetch", "prepare", "pretrain")) if held else {}),
         summaries=summaries,
         points=points,
+        points_digest=file_md5(paths.PRETRAIN_CURVES) if points else "",
         data=data_lineage(lock, folder, read_json(paths.DATA_METRICS).get("images")) if held else [],
         teacher_md5=md5,
         files=row.files_in("pictures", PICTURES)
@@ -185,10 +184,10 @@ def gather(settings: Mapping[str, Any]) -> Workspace:
 
 
 def _as_validated(settings: dict[str, Any]) -> dict[str, Any]:
-    """The same numbers that a stage sees: 1 where a float is meant is 1.0; as they are if of an older params.yaml."""
+    """The numbers that a stage sees (PyYAML reads dvc.lock's 1e-05 as text); as they are if of an older params.yaml."""
     try:
         return row.plain(Params.model_validate(settings))
-    except ValidationError:
+    except ValueError:
         return settings
 
 

@@ -16,6 +16,9 @@ from pipelines.params import load
 STEPS = (20, 40, 60, 80)
 SETTINGS: dict[str, Any] = load(Path(__file__).parents[2] / paths.PARAMS).model_dump(mode="json")
 SETTINGS["data"] |= {"folder": "data/raw/digits"}
+SETTINGS["pretrain"] |= {"arch": "vit_tiny", "patch_size": 4, "embed_dim": 64, "num_heads": 2, "depth": 3,
+                         "epochs": 5, "seed": 0, "global_px": 20, "local_px": 12}  # fmt: skip
+SETTINGS["knn"] |= {"temperature": 0.07}
 SETTINGS["linear"] |= {"lrs": [1e-5, 0.1, 1.0]}
 SETTINGS["runtime"]["tracking"] |= {"enabled": True, "experiment": "dino", "uri": None}
 RESOLVED = {**SETTINGS["pretrain"], "precision": "fp32"}

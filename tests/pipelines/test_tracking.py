@@ -71,12 +71,19 @@ def test_mlflow_is_imported_only_where_a_row_is_written_and_sends_nothing_home()
         from mlflow.telemetry.utils import is_telemetry_disabled
         assert is_telemetry_disabled() and get_telemetry_client() is None
     """
-    env = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK", "CI")}
-    env |= {"PYTHONPATH": str(REPOSITORY)}
+    # of its own environment: under pytest, or in CI, mlflow sends nothing in any case
+    env = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)], env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_broken_lock_file_ends_no_training(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("dvc.lock").write_text("<<<<<<< HEAD\n a: [1\n=======\n")
+    train(evidence.curve_points())
+    assert [step for step, _ in witness.curve(home, "loss")] == list(evidence.STEPS)
+    assert "dvc.lock cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("off", ["rank", "params"])
@@ -120,6 +127,14 @@ def test_a_row_says_what_was_trained_on_what(home: Path, monkeypatch: pytest.Mon
     assert "| k-NN (k 10)&emsp; | 0.8000 (0.7900 to 0.8100)&emsp; |" in run.data.tags["mlflow.note.content"]
     md5s = {d.dataset.name: d.dataset.digest for d in run.inputs.dataset_inputs}
     assert md5s["digits/train"] == tracking.workspace.file_md5(home / paths.TRAIN_IMAGES)
+    (train_input,) = [d for d in run.inputs.dataset_inputs if d.dataset.name == "digits/train"]
+    import mlflow
+
+    source = mlflow.data.get_source(train_input)
+    assert source.load() == paths.TRAIN_IMAGES
+    paths.TRAIN_IMAGES.write_bytes(b"another version")
+    with pytest.raises(FileNotFoundError, match=r"dvc pull data/prepared/train\.arrow"):
+        source.load()
     assert len(run.outputs.model_outputs) == 1
     shown = {p.relative_to(home / "mlartifacts" / run.info.run_id / "artifacts").as_posix()
              for p in (home / "mlartifacts").rglob("*.*") if p.is_file()}  # fmt: skip
