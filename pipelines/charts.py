@@ -122,8 +122,17 @@ def panels_figure(shown: Sequence[Panel]) -> Figure:
 
 
 def scores_figure(found: Sequence[Evaluation]) -> Figure:
-    """Test top-1 of each kind of features with its 95 % interval, a panel an evaluation, on one scale."""
+    """Test top-1 of each kind of features with its 95 % interval, a panel an evaluation, on one scale.
+
+    Without scores it is a sheet that says why: `dvc plots` wants the file in any case.
+    """
     scored = [evaluation for evaluation in found if evaluation.scores]
+    if not scored:
+        with style():
+            figure = Figure(figsize=(7.4, 1.0))
+            words = "\n".join(f"{evaluation.name}: left out ({evaluation.skipped})" for evaluation in found)
+            figure.text(0.03, 0.5, words, va="center", linespacing=1.6)
+            return figure
     with style():
         figure = Figure(figsize=(7.4, 0.75 + 1.15 * len(scored)), layout="constrained")
         places = figure.subplots(len(scored), 1, squeeze=False, sharex=True).ravel()

@@ -70,10 +70,7 @@ def collect(params: Params, facts: Mapping[str, Any]) -> tuple[dict[str, Any], d
     panels = charts.panels(pd.read_csv(paths.PRETRAIN_CURVES), ln_k=math.log(facts["params"]["out_dim"]))
     confusion = Confusion.read(classes.names)
 
-    figures = {}
-    if scale := charts.Scale.of(evaluations):
-        figures["scores.png"] = charts.scores_figure(evaluations)
-    figures["curves.png"] = charts.panels_figure(panels)
+    figures = {"scores.png": charts.scores_figure(evaluations), "curves.png": charts.panels_figure(panels)}
     if confusion:
         figures["confusion.png"] = charts.confusion_figure(confusion.shares, confusion.names)
     figures["neighbours.png"] = charts.pictures_figure(neighbours)
@@ -85,7 +82,7 @@ def collect(params: Params, facts: Mapping[str, Any]) -> tuple[dict[str, Any], d
         "verdict": scores.verdict(evaluations, training["health"]),
         "evaluations": evaluations,
         "kinds": scores.KINDS,
-        "scale": scale,
+        "scale": charts.Scale.of(evaluations),
         "training": training,
         "panels": [(panel, Markup(svg(charts.panel_figure(panel), f"c{i}"))) for i, panel in enumerate(panels)],
         "confusion": confusion,
