@@ -130,10 +130,13 @@ def test_autocast_does_not_lower_the_loss(dtype: torch.dtype) -> None:
     torch.testing.assert_close(loss.double(), double_loop(student, teacher, center), rtol=1e-6, atol=0)
 
 
-def test_float64_stays_float64() -> None:
+@pytest.mark.parametrize("center_dtype", [torch.float32, torch.float64])
+def test_float64_stays_float64(center_dtype: torch.dtype) -> None:
     student, teacher, center = outputs(torch.float64)
+    center = center.to(center_dtype)
     loss, moved = dino_loss(student, teacher, center)
     assert loss.dtype == moved.dtype == teacher_probabilities(teacher, center, 0.04).dtype == torch.float64
+    torch.testing.assert_close(loss, double_loop(student, teacher, center), rtol=1e-12, atol=0)
 
 
 def test_large_outputs_do_not_overflow() -> None:
