@@ -50,16 +50,12 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 def test_images_of_many_sizes_are_padded_at_the_bottom_and_the_right(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    pixels = {
-        content_id(encode(p)): p for p in (noise(rng, h, w, 3) for h, w in [(4, 9), (7, 3), (5, 5), (5, 5)])
-    }
+    pixels = {content_id(encode(p)): p for p in (noise(rng, h, w, 3) for h, w in [(4, 9), (7, 3), (5, 5), (5, 5)])}
     table = write(tmp_path / "t.arrow", [encode(p) for p in pixels.values()], channels=3)
     for rows in ([0], [1, 2], [3, 2, 1, 0], [2]):
         batch = table.batch(rows)
         assert batch.pixels_BCHW.shape[2:] == tuple(batch.sizes_B2.amax(0).tolist())
-        for row, image_CHW, (height, width) in zip(
-            rows, batch.pixels_BCHW, batch.sizes_B2.tolist(), strict=True
-        ):
+        for row, image_CHW, (height, width) in zip(rows, batch.pixels_BCHW, batch.sizes_B2.tolist(), strict=True):
             expected = pixels[table.ids[row]].transpose(2, 0, 1)
             np.testing.assert_array_equal(image_CHW[:, :height, :width].numpy(), expected)
             assert image_CHW.sum() == expected.sum()  # what was added is 0
