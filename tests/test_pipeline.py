@@ -46,7 +46,7 @@ def run(folder: Path, *command: str, **environment: str) -> subprocess.Completed
     return subprocess.run(
         command,
         cwd=folder,
-        env={**outside, "PATH": path, "OMP_NUM_THREADS": "1", **environment},
+        env={**outside, "PATH": path, "OMP_NUM_THREADS": "2", **environment},
         capture_output=True,
         text=True,
         timeout=600,
