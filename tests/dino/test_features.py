@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dino.augment import eval_images
 from dino.checkpoint import seeded_backbone
 from dino.distributed import World
 from dino.features import backbone_features, extract_features, feature_batches, pixel_features
@@ -85,6 +86,14 @@ def test_pixels_at_the_image_size_are_the_pixels(tmp_path: Path) -> None:
     assert found_ND.dtype == torch.uint8
     assert torch.equal(found_ND[0].view(9, 9), table.batch([0]).pixels_BCHW[0, 0])
     assert torch.equal(found_ND[1].view(9, 9), table.batch([1]).pixels_BCHW[0, 0, :, 2:11])  # centre crop
+
+
+def test_resized_pixels_are_rounded_to_the_nearest(table: ImageTable) -> None:
+    images = table.batch(range(7))
+    exact = eval_images(images, mean=[0.0], std=[1.0], **EVALUATION).flatten(1) * 255
+    found = pixel_features(**EVALUATION)(images)
+    assert (found - exact).abs().max() <= 0.5
+    assert found.float().std() > 30
 
 
 def test_two_ranks_give_the_rows_of_one(backbone: VisionTransformer, table: ImageTable, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dino.linear import Probes, Setting, train_probes
+from dino.linear import Probes, Setting, _softmax, train_probes
 
 SETTINGS = [Setting(0.03, 1e-3), Setting(1.0, 1e-3), Setting(0.3, 1.0)]
 KWARGS = {"epochs": 4, "batch": 32, "momentum": 0.9, "seed": 5}
@@ -115,6 +115,13 @@ def test_a_setting_that_diverges_is_nan_and_leaves_the_others_alone() -> None:
     alone = train_probes(features, labels, settings=SETTINGS[:2], **KWARGS)
     assert math.isnan(accuracy[1])
     assert [accuracy[0], accuracy[2]] == alone.accuracy(features, labels)
+
+
+@pytest.mark.parametrize("classes", [2, 50, 51, 200])
+def test_softmax_is_torchs_whatever_the_number_of_classes(classes: int) -> None:
+    logits = torch.randn(7, 3, classes, generator=torch.Generator().manual_seed(classes)) * 100
+    logits[0, 0] = torch.inf
+    torch.testing.assert_close(_softmax(logits.clone()), logits.softmax(2), equal_nan=True)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

@@ -26,6 +26,7 @@ from dino.intervals import wilson_interval
 from dino.linear import Setting, train_probes
 from pipelines import params as settings
 from pipelines import paths
+from pipelines.feature_file import read_features
 from pipelines.stages import embed, knn, linear
 
 REPOSITORY = Path(__file__).parents[2]
@@ -165,6 +166,7 @@ def test_pixel_features_are_the_evaluation_image(folder: Path) -> None:
     pixels = [ImageTable(path).batch(range(len(ImageTable(path)))).pixels_BCHW for path in paths.IMAGES.values()]
     rows = torch.tensor(found.column("features").to_pylist())
     assert torch.equal(rows, torch.cat(pixels).flatten(1))
+    assert torch.equal(read_features("pixels").rows_ND, rows.float() / 255)
     embed.embed(small(settings.load(), embed={"pixels_px": 6}).embed, batch=50, world=ALONE)
     smaller = torch.tensor(pq.read_table(paths.features_file("pixels")).column("features").to_pylist())
     quarters = torch.cat(pixels).double().unflatten(2, (6, 2)).unflatten(4, (6, 2)).mean((3, 5)).flatten(1)
