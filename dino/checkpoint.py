@@ -17,19 +17,19 @@ BACKBONE_FORMAT = "dino-backbone-1"
 FACTS = "dino"  # the one metadata entry: safetensors writes several in no fixed order, and bytes must repeat
 
 
-def _checksum(tensors: dict[str, Tensor]) -> int:
-    value = 0
-    for name in sorted(tensors):
-        value = zlib.crc32(
-            tensors[name].flatten().view(torch.uint8).numpy().data, zlib.crc32(name.encode(), value)
-        )
+def _checksum(tensors: dict[str, Tensor], facts: dict[str, Any]) -> int:
+    """CRC-32 of everything: facts, names, types, shapes, bytes."""
+    value = zlib.crc32(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        value = zlib.crc32(f"{name}\0{tensor.dtype}{list(tensor.shape)}".encode(), value)
+        value = zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data, value)
     return value
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Write tensors and facts; the same content gives the same bytes, and the file appears whole or not at all."""
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps({**facts, "crc32": _checksum(content)}, sort_keys=True, allow_nan=False)
+    text = json.dumps({**facts, "crc32": _checksum(content, facts)}, sort_keys=True, allow_nan=False)
     with whole_file(path) as aside:
         save_file(content, aside, metadata={FACTS: text})
 
@@ -45,11 +45,12 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"no checkpoint at {path}; run the stage that writes it, or `dvc checkout {path}`")
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})[FACTS])
+            facts = dict(json.loads((file.metadata() or {})[FACTS]))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+            known = facts.pop("crc32")
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no checkpoint of this project, or it is cut short ({error!r})") from error
-    if facts.pop("crc32", None) != _checksum(tensors):
+    if known != _checksum(tensors, facts):
         raise ValueError(f"{path} was altered or damaged: its checksum does not match; restore it")
     return tensors, facts
 
@@ -63,11 +64,11 @@ def load_backbone(path: str | Path) -> tuple[VisionTransformer, dict[str, Any]]:
     tensors, facts = load_tensors(path)
     if facts.get("format") != BACKBONE_FORMAT:
         raise ValueError(f"{path} is no backbone (format {facts.get('format')!r}); give models/teacher.safetensors")
-    backbone = VisionTransformer(**facts["arch"])
     try:
+        backbone = seeded_backbone(facts["arch"], seed=0)  # so that reading a file draws from no one's generator
         backbone.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: weights do not fit its own architecture {facts['arch']}: {error}") from error
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: weights do not fit its own architecture {facts.get('arch')}: {error}") from error
     return backbone.eval(), facts
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from math import inf
 
 ARCHITECTURES = ("vit_tiny", "vit_small", "vit_base")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -102,15 +103,16 @@ def _ranges(c: PretrainConfig) -> list[tuple[bool, str, str]]:
     return [
         *((0 <= getattr(c, name) <= 1, name, "choose a share from 0 to 1") for name in shares),
         *((getattr(c, name) >= 1, name, "choose 1 or more") for name in (*at_least_one, *optional)),
-        *((getattr(c, name) > 0, name, "choose more than 0") for name in positive),
-        *((getattr(c, name) >= 0, name, "choose 0 or more") for name in not_negative),
+        *((0 < getattr(c, name) < inf, name, "choose more than 0") for name in positive),
+        *((0 <= getattr(c, name) < inf, name, "choose 0 or more") for name in not_negative),
+        (c.seed < 2**63, "seed", "choose less than 2 ** 63"),
         *((len(getattr(c, name)) == 3 and all(0 <= p <= 1 for p in getattr(c, name)), name,
            "choose three shares from 0 to 1") for name in ("blur_p", "solarize_p")),
         *((_is_range(getattr(c, name)) and getattr(c, name)[1] <= 1, name, "choose 0 < low <= high <= 1")
           for name in ("global_scale", "local_scale")),
         *((_is_range(getattr(c, name)), name, "choose two numbers, 0 < low <= high")
           for name in ("ratio", "blur_radius")),
-        (c.init_std is None or c.init_std > 0, "init_std", "choose more than 0, or null"),
+        (c.init_std is None or 0 < c.init_std < inf, "init_std", "choose more than 0, or null"),
         (0 <= c.hue <= 0.5, "hue", "choose a share of the colour circle from 0 to 0.5"),
         (0 <= c.drop_path_rate < 1, "drop_path_rate", "choose a share from 0 to below 1"),
         (c.precision in PRECISIONS, "precision", _choice(c.precision, PRECISIONS)),
@@ -119,7 +121,7 @@ def _ranges(c: PretrainConfig) -> list[tuple[bool, str, str]]:
 
 
 def _is_range(bounds: tuple[float, ...]) -> bool:
-    return len(bounds) == 2 and 0 < bounds[0] <= bounds[1]
+    return len(bounds) == 2 and 0 < bounds[0] <= bounds[1] < inf
 
 
 def _choice(value: str, choices: tuple[str, ...]) -> str:
@@ -152,7 +154,7 @@ def problems(c: PretrainConfig) -> list[str]:
     if c.embed_dim is not None and c.num_heads is not None and c.embed_dim % c.num_heads:
         found.append(f"num_heads ({c.num_heads}) does not divide embed_dim ({c.embed_dim}): choose a divisor of it")
     if c.precision == "bf16" and c.head_batch_norm:
-        found.append("head_batch_norm with precision bf16 loses its statistics: choose precision fp32 or auto")
+        found.append("head_batch_norm with precision bf16 loses its statistics: choose precision fp32")
     return found
 
 

@@ -25,13 +25,9 @@ def _choose_device(size: int, local_rank: int) -> torch.device:
     if wanted not in ("", "cpu", "cuda", "mps"):
         raise ValueError(f"DINO_DEVICE is {wanted!r}; choose cpu, cuda or mps, or unset it")
     if (wanted == "cuda" and not cuda) or (wanted == "mps" and not mps):
-        raise ValueError(
-            f"DINO_DEVICE is {wanted!r}, but torch finds no such device; unset it to use what is there"
-        )
+        raise ValueError(f"DINO_DEVICE is {wanted!r}, but torch finds no such device; unset it to use what is there")
     if wanted == "mps" and size > 1:
-        raise ValueError(
-            "DINO_DEVICE is 'mps', which serves one process only; start one process, or set it to cpu"
-        )
+        raise ValueError("DINO_DEVICE is 'mps', which serves one process only; start one process, or set it to cpu")
     if wanted == "cuda" or (not wanted and cuda):
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
@@ -81,7 +77,9 @@ class World:
             yield world
             return
         on_cuda = world.device.type == "cuda"
-        dist.init_process_group("nccl" if on_cuda else "gloo", device_id=world.device if on_cuda else None)
+        dist.init_process_group(  # tensors on the CPU travel by gloo, so that questions need not wait for a GPU
+            "cpu:gloo,cuda:nccl" if on_cuda else "gloo", device_id=world.device if on_cuda else None
+        )
         try:
             yield world
         finally:
@@ -108,6 +106,12 @@ class World:
         """Mean over ranks of a floating-point tensor of one shape everywhere, without gradient."""
         total = self.sum(values)
         return total / self.size if self.size > 1 else total
+
+    def any(self, *answers: bool) -> list[bool]:
+        """Whether each holds on any rank; asks the processes, not their devices."""
+        if self.size == 1:
+            return list(answers)
+        return (self.sum(torch.tensor(answers, dtype=torch.int32)) > 0).tolist()
 
     def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows [n_r, ...] of every rank, in rank order, on every rank; the counts n_r may differ."""

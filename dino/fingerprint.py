@@ -9,21 +9,37 @@ from typing import Any
 PACKAGE = Path(__file__).parent
 
 
+def imported_modules(tree: ast.AST) -> list[str]:
+    """Full names that the import statements of a syntax tree may take from modules of `dino`."""
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import would escape the KEY"
+            from_package = node.module == PACKAGE.name
+            names += [f"{node.module}.{alias.name}" for alias in node.names] if from_package else [str(node.module)]
+    return [name.partition(".")[2] for name in names if name.startswith(f"{PACKAGE.name}.")]
+
+
 def code_files(module: str) -> list[Path]:
     """The module's file and those of `dino` that it imports, directly or not; module is a name such as "pretrain"."""
     found: list[Path] = []
     waiting = [module]
     while waiting:
         file = PACKAGE / f"{waiting.pop()}.py"
-        if file in found:
-            continue
-        found.append(file)
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module == PACKAGE.name:
-                waiting += [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{PACKAGE.name}."):
-                waiting.append(str(node.module).partition(".")[2])
+        if file not in found:
+            found.append(file)
+            waiting += imported_modules(ast.parse(file.read_text(encoding="utf-8")))
     return sorted(found)
+
+
+def plain_tree(node: Any) -> Any:
+    """A syntax tree as nested lists; without empty fields, since each version of Python has more of them."""
+    if isinstance(node, ast.AST):
+        filled = [[name, plain_tree(value)] for name, value in ast.iter_fields(node) if value not in (None, [])]
+        return [type(node).__name__, *filled]
+    return [plain_tree(item) for item in node] if isinstance(node, list) else repr(node)
 
 
 def code_digest(files: list[Path]) -> str:
@@ -34,7 +50,7 @@ def code_digest(files: list[Path]) -> str:
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
                 node.body = node.body[1:]
-        digest.update(f"{file.name}\0{ast.dump(tree)}\0".encode())
+        digest.update(json.dumps([file.name, plain_tree(tree)]).encode())
     return digest.hexdigest()
 
 

@@ -5,6 +5,7 @@ images over prototypes and how many directions the features use.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ UNIFORM_SHARE = 0.98  # of ln K: a teacher that sharp says nothing about any ima
 ONE_PROTOTYPE_SHARE = 0.05  # of ln K: the batch's mean prediction sits on a handful of prototypes
 LOW_RANK_SHARE = 0.04  # of the directions that a batch of this size can use
 LOW_STD_SHARE = 0.1  # of 1 / sqrt(D), the std of features spread evenly over the sphere
+MIN_ROWS = 8  # images of a batch; fewer say nothing about directions
 WARMUP_SHARE = 0.1  # of the run: before, odd numbers are expected
 DIVERGING_GROWTH = 1.5  # of the loss over the lowest so far, when it also exceeds ln K
 
@@ -28,26 +30,33 @@ def entropy(probabilities: Tensor) -> Tensor:
 
 def rank_me(features_ND: Tensor) -> Tensor:
     """Effective number of directions: exp of the entropy of normalised singular values (RankMe, Garrido 2023)."""
-    singular = torch.linalg.svdvals(features_ND.float())
+    singular = torch.linalg.svdvals(features_ND.float().nan_to_num())  # the solver refuses NaN, feature_std shows it
     return torch.exp(entropy(singular / singular.sum().clamp(min=1e-12)))
 
 
 @torch.no_grad()
-def measure(teacher_out: Tensor, center: Tensor, teacher_temp: float, features_BD: Tensor) -> dict[str, Tensor]:
+def measure(
+    teacher_out: Tensor,
+    center: Tensor,
+    teacher_temp: float,
+    features_BD: Tensor,
+    mean_over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
+) -> dict[str, Tensor]:
     """Vital signs of a batch, scalars on its device.
 
     Args:
-        teacher_out: [2 * B, K].
+        teacher_out: [2 * B, K], or this rank's share of equal size.
         center: [1, K], the centre that the loss used.
         teacher_temp: The step's temperature.
-        features_BD: The teacher backbone's features of one global view.
+        features_BD: The teacher backbone's features of one global view of the whole batch.
+        mean_over_ranks: Makes one rank's mean that of all, so that the signs don't depend on how many there are.
     """
     probabilities = teacher_probabilities(teacher_out, center, teacher_temp)
     normalised = F.normalize(features_BD.float(), dim=-1)
     return {
-        "teacher_entropy": entropy(probabilities).mean(),
-        "batch_entropy": entropy(probabilities.mean(dim=0)),
-        "feature_std": normalised.std(dim=0).mean(),
+        "teacher_entropy": mean_over_ranks(entropy(probabilities).mean()),
+        "batch_entropy": entropy(mean_over_ranks(probabilities.mean(dim=0))),
+        "feature_std": normalised.std(dim=0, correction=0).mean(),  # of a single image: 0, not NaN
         "rank_me": rank_me(normalised - normalised.mean(dim=0)),
     }
 
@@ -90,7 +99,7 @@ def diagnose(points: list[dict[str, float]], *, prototypes: int, batch: int, wid
     Args:
         points: Rows with step, loss, teacher_entropy, batch_entropy, feature_std, rank_me; the last one is now.
         prototypes: K.
-        batch: Rows that feature_std and rank_me were measured on.
+        batch: Images of the whole batch, which feature_std and rank_me were measured on.
         width: D.
         total_steps: Length of the run.
     """
@@ -107,6 +116,7 @@ def diagnose(points: list[dict[str, float]], *, prototypes: int, batch: int, wid
     if now["batch_entropy"] < ONE_PROTOTYPE_SHARE * top:
         return ONE_HOT
     low_std = now["feature_std"] < LOW_STD_SHARE / math.sqrt(width)
-    if low_std or now["rank_me"] < max(1.5, LOW_RANK_SHARE * min(batch, width)):
+    low_rank = now["rank_me"] < max(1.5, LOW_RANK_SHARE * min(batch, width))
+    if batch >= MIN_ROWS and (low_std or low_rank):
         return DIMENSIONAL
     return HEALTHY

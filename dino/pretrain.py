@@ -4,7 +4,7 @@ Legend: B images of the global batch, V views, K prototypes. Shapes of rows foll
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ class StepResult:
     loss: Tensor
     center: Tensor
     gradient_norms: Tensor
-    teacher_out: Tensor
+    teacher_out: list[Tensor]  # of each micro-batch
 
 
 def train_step(
@@ -101,7 +101,7 @@ def train_step(
     """
     set_schedule(optimizer, settings.lr, settings.weight_decay)
     optimizer.zero_grad(set_to_none=True)
-    losses, centers = [], []
+    losses, centers, teacher_outs = [], [], []
     for crops, drop_path_draws in micro_batches:
         with torch.autocast(crops[0].device.type, dtype=precision, enabled=precision == torch.bfloat16):
             student_out, teacher_out = dino(crops, drop_path_draws)
@@ -116,6 +116,7 @@ def train_step(
         (loss / len(micro_batches)).backward()
         losses.append(loss.detach())
         centers.append(moved_center)
+        teacher_outs.append(teacher_out)
     loss, new_center = torch.stack(losses).mean(), torch.stack(centers).mean(dim=0)
     loss, new_center = average_over_ranks(world, dino.student.parameters(), loss, new_center)
     gradient_norms = clip_each_gradient(dino.student.parameters(), config.clip_norm)
@@ -123,7 +124,7 @@ def train_step(
         freeze_last_layer(dino.student)
     optimizer.step()
     dino.update_teacher(settings.ema_momentum)
-    return StepResult(loss, new_center, gradient_norms, teacher_out)
+    return StepResult(loss, new_center, gradient_norms, teacher_outs)
 
 
 def average_over_ranks(
@@ -176,14 +177,21 @@ def make_micro_batches(
     return micro_batches
 
 
-def refuse_not_finite(values: dict[str, float], step: int) -> None:
+def refuse_not_finite(values: Mapping[str, float | Tensor], step: int, finite_steps: Tensor) -> None:
     """Stop a training that computes nothing any more.
+
+    Args:
+        values: Numbers to look at; of a tensor, all of them.
+        step: Steps done.
+        finite_steps: Steps whose loss was finite, of those done.
 
     Raises:
         FloatingPointError: A value is NaN or infinite.
     """
-    if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-        raise FloatingPointError(f"step {step}: {', '.join(bad)} not finite. {health.DIVERGING.advice}")
+    totals = {name: float(value.sum()) if isinstance(value, Tensor) else value for name, value in values.items()}
+    if bad := [name for name, total in totals.items() if not math.isfinite(total)]:
+        first = min(step, int(finite_steps) + 1)
+        raise FloatingPointError(f"step {first}: {', '.join(bad[:3])} not finite. {health.DIVERGING.advice}")
 
 
 def curve_point(
@@ -191,17 +199,18 @@ def curve_point(
     result: StepResult,
     old_center: Tensor,
     mean_loss: Tensor,
-    first_crop: Tensor,
+    micro_batches: Sequence[MicroBatch],
     settings: StepSettings,
     world: World,
 ) -> dict[str, float]:
-    """Numbers of a step to look at; the one place that waits for the device."""
+    """Numbers of a step to look at, of the whole batch on every rank; the one place that waits for the device."""
     with torch.no_grad():
-        features_BD = dino.teacher.backbone(first_crop)
-    vital = health.measure(result.teacher_out, old_center, settings.teacher_temp, features_BD)
+        features_BD = world.gather_rows(torch.cat([dino.teacher.backbone(crops[0]) for crops, _ in micro_batches]))
+    teacher_out = torch.cat(result.teacher_out)
+    vital = {"loss": mean_loss, "grad_norm": result.gradient_norms.norm()}
+    vital |= health.measure(teacher_out, old_center, settings.teacher_temp, features_BD, world.mean)
     vital["kl"] = result.loss - vital["teacher_entropy"]
-    vital |= {"loss": mean_loss, "grad_norm": result.gradient_norms.norm()}
-    values = world.mean(torch.stack([value.double() for value in vital.values()])).tolist()
+    values = torch.stack([value.double() for value in vital.values()]).tolist()
     return {
         **dict(zip(vital, values, strict=True)),
         "lr": settings.lr,
@@ -261,8 +270,8 @@ def pretrain(
         state: A saved state to go on from; the result is the same to the bit as without the interruption.
         report: Called after each step, with a point of the curve at some and an empty dict at the others.
         save: Called with the state to keep; every rank calls it, the main one should write.
-        should_save: Asked after each step.
-        should_stop: Asked after each step; True saves and raises Interrupted.
+        should_save: Asked after each step; one rank's True is true for all.
+        should_stop: Asked after each step, likewise; True saves and raises Interrupted.
 
     Raises:
         ValueError: Settings that do not fit the data or the ranks.
@@ -279,6 +288,7 @@ def pretrain(
     if state is not None:
         step, curve = state.step, list(state.curve)
         center, loss_sum = restore(state, dino, optimizer)
+    finite_steps = torch.tensor(step, device=world.device)  # counted there: looking at each loss would mean waiting
     if config.compile:
         dino.student.compile()
         dino.teacher.compile()
@@ -300,19 +310,23 @@ def pretrain(
             result = train_step(dino, optimizer, center, batches, settings, config, world, precision)
             old_center, center = center, result.center
             loss_sum = loss_sum + result.loss
+            finite_steps = finite_steps + loss_sum.isfinite()
             step += 1
             point: dict[str, float] = {}
             if step % point_steps == 0 or step == total_steps:
                 mean_loss = loss_sum / ((step - 1) % point_steps + 1)
                 point = {"step": step, "epoch": step / steps_per_epoch}
-                point |= curve_point(dino, result, old_center, mean_loss, batches[0][0][0], settings, world)
-                refuse_not_finite(point, step)
+                point |= curve_point(dino, result, old_center, mean_loss, batches, settings, world)
+                refuse_not_finite(point, step, finite_steps)
                 loss_sum = torch.zeros_like(loss_sum)
                 curve.append(point)
             report(step, point)
-            if (stop := should_stop()) or should_save():
-                refuse_not_finite({"loss": float(loss_sum)}, step)
-                save(capture(step, curve, dino, optimizer, center, loss_sum))
+            stop, keep = world.any(should_stop(), should_save())
+            if stop or keep:
+                kept = capture(step, curve, dino, optimizer, center, loss_sum)
+                refuse_not_finite(kept.tensors, step, finite_steps)
+                save(kept)
+                world.barrier()  # a rank that ends makes torchrun end the others, which may still write
             if stop:
                 raise Interrupted(f"stopped after step {step} of {total_steps}")
     return capture(step, curve, dino, optimizer, center, loss_sum)

@@ -7,7 +7,7 @@ a changed setting never resumes a stale run, and a setting that comes back resum
 import fcntl
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 import torch
 
@@ -27,18 +27,24 @@ def environment(world_size: int, device: torch.device) -> dict[str, Any]:
 
 
 class Resumable:
-    """The saved states of one KEY.
+    """The saved states of one KEY; leaving the block, or the process's end, frees the KEY for others.
+
+    Args:
+        key: Names the folder.
+        environment: This process's, see `environment`.
+        writes: Whether this process locks, writes and speaks: of several ranks the main one.
 
     Raises:
         ValueError: Another process trains the same KEY.
     """
 
-    def __init__(self, key: str, environment: dict[str, Any]) -> None:
+    def __init__(self, key: str, environment: dict[str, Any], *, writes: bool = True) -> None:
         self.folder = paths.work_dir() / "pretrain" / key
         self.environment = environment
+        self.writes = writes
         self.bit_exact = True
         self.newest, self.previous = self.folder / "state.safetensors", self.folder / "previous.safetensors"
-        self._lock = self._locked()
+        self._lock = self._locked() if writes else None
 
     def _locked(self) -> TextIO:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -46,10 +52,24 @@ class Resumable:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            lock.close()
             raise ValueError(
                 f"another process trains this very setting (its state lies in {self.folder}); wait for it or stop it"
             ) from None
+        for half_written in self.folder.glob(".*.part.safetensors"):  # by a process that was killed
+            half_written.unlink()
         return lock
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock:
+            self._lock.close()
+
+    def _say(self, text: str) -> None:
+        if self.writes:
+            print(f"pretrain: {text}", file=sys.stderr)
 
     def load(self) -> TrainingState | None:
         """The newest state that verifies, or None."""
@@ -59,7 +79,9 @@ class Resumable:
             try:
                 state, facts = load_state(path)
             except ValueError as problem:
-                print(f"pretrain: {problem}; trying the save before", file=sys.stderr)
+                self._say(f"{problem}; going back to the save before, or to the start")
+                if self.writes:  # aside: the next save must not push the good one out
+                    path.replace(self.folder / "damaged.safetensors")
                 continue
             self._compare(facts)
             return state
@@ -72,14 +94,15 @@ class Resumable:
         ]
         self.bit_exact = facts["bit_exact"] and not changed
         if changed:
-            print(
-                f"pretrain: resuming in another environment ({'; '.join(changed)}): the result is as good, but not "
-                "identical to the bit to an uninterrupted run; recorded as bit_exact: false",
-                file=sys.stderr,
+            self._say(
+                f"resuming in another environment ({'; '.join(changed)}): the result is as good, but not identical to "
+                "the bit to an uninterrupted run; recorded as bit_exact: false"
             )
 
     def save(self, state: TrainingState) -> None:
         """Keep this state, and the one before it until the next save."""
+        if not self.writes:
+            return
         aside: Path = self.folder / "next.safetensors"
         save_state(aside, state, {"environment": self.environment, "bit_exact": self.bit_exact})
         if self.newest.is_file():

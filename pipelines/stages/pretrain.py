@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 
 from dino.checkpoint import BACKBONE_FORMAT, save_tensors
@@ -31,17 +32,22 @@ SHEET_IMAGES = 8
 
 
 class StopRequest:
-    """Whether TERM or INT asked to stop: the first saves and ends, a second one ends at once."""
+    """Whether TERM or INT asked to stop: the first saves and ends, a second one ends at once.
+
+    The parent's death asks too, as USR1, which never ends at once: where a whole group gets TERM, the parent's death
+    follows at its heels and must not count as the second.
+    """
 
     def __init__(self) -> None:
         self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._ask)
-        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # where DVC is killed outright, no orphan trains on
+        prctl(PR_SET_PDEATHSIG, signal.SIGUSR1)  # where DVC is killed outright, no orphan trains on
 
     def _ask(self, number: int, frame: object) -> None:
         self.asked = True
-        signal.signal(number, signal.SIG_DFL)
+        if number != signal.SIGUSR1:
+            signal.signal(number, signal.SIG_DFL)
 
     def __call__(self) -> bool:
         """Whether to stop."""
@@ -71,43 +77,73 @@ def main(params: Params) -> None:
         config, data_md5 = PretrainConfig(**chosen), table.digest()
         key = intent_key(chosen, data_md5)
         stop = StopRequest()
-        resumable = Resumable(key, environment(world.size, world.device))
-        state = resumable.load()
-        _, total_steps, _ = run_length(config, len(table))
-        first = state.step if state else 0
+        with (
+            Resumable(key, environment(world.size, world.device), writes=world.is_main) as resumable,
+            tracking.pretraining(params, key, resolved=chosen) as tracker,
+        ):
+            due = every(params.runtime.pretrain.save_minutes)
+            final = train(config, table, world, resumable, tracker, key, should_save=due, should_stop=stop)
+            if world.is_main:
+                write_results(config, table, final, key, data_md5, resumable.bit_exact)
+
+
+def train(
+    config: PretrainConfig,
+    table: ImageTable,
+    world: World,
+    resumable: Resumable,
+    tracker: tracking.Tracker,
+    key: str,
+    *,
+    should_save: Callable[[], bool],
+    should_stop: Callable[[], bool],
+) -> TrainingState:
+    """The final state; the main rank tells how it goes.
+
+    Raises:
+        Requeue: should_stop said so; the state is saved.
+    """
+    if not world.is_main:
+        world.barrier()  # until the main rank has put damaged states aside
+    state = resumable.load()
+    if world.is_main:
+        world.barrier()
+    _, total_steps, _ = run_length(config, len(table))
+    first = state.step if state else 0
+    images = (total_steps - first) * config.batch
+    if world.is_main:
         print(
             f"pretrain: {len(table):,} images, {config.epochs} epochs, {total_steps:,} steps of {config.batch} on "
             f"{world.device.type} in {config.precision}, key {key}"
             + (f"; resuming after step {first:,}" if first else ""),
             flush=True,
         )
-        with tracking.pretraining(params, key, resolved=chosen) as tracker:
-            with progress("pretrain:", (total_steps - first) * config.batch) as advance:
-                began = time.monotonic()
+    with progress("pretrain:", images) if world.is_main else nullcontext(lambda more, note="": None) as advance:
+        began = time.monotonic()
 
-                def report(step: int, point: dict[str, float]) -> None:
-                    advance(config.batch, f"loss {point['loss']:.3f}" if point else "")
-                    if point:
-                        rate = (step - first) * config.batch / (time.monotonic() - began)
-                        tracker.log_curve_points([(step, {**point, "images_per_second": rate})])
+        def report(step: int, point: dict[str, float]) -> None:
+            advance(config.batch, f"loss {point['loss']:.3f}" if point else "")
+            if point:
+                rate = (step - first) * config.batch / (time.monotonic() - began)
+                tracker.log_curve_points([(step, {**point, "images_per_second": rate})])
 
-                try:
-                    final = pretrain(
-                        config,
-                        table,
-                        world=world,
-                        precision=NAMES[config.precision],
-                        state=state,
-                        report=report,
-                        save=resumable.save,
-                        should_save=every(params.runtime.pretrain.save_minutes),
-                        should_stop=stop,
-                    )
-                except Interrupted as stopped:
-                    raise Requeue(f"{stopped}; its state is saved, run the same command again to go on") from None
-            if first < total_steps:
-                resumable.save(final)  # a lost lock, or DVC killed before it recorded the outs, then costs seconds
-            write_results(config, table, final, key, data_md5, resumable.bit_exact)
+        try:
+            final = pretrain(
+                config,
+                table,
+                world=world,
+                precision=NAMES[config.precision],
+                state=state,
+                report=report,
+                save=resumable.save,
+                should_save=should_save,
+                should_stop=should_stop,
+            )
+        except Interrupted as stopped:
+            raise Requeue(f"{stopped}; its state is saved, run the same command again to go on") from None
+    if first < total_steps:
+        resumable.save(final)  # a lost lock, or DVC killed before it recorded the outs, then costs seconds
+    return final
 
 
 def write_results(

@@ -1,0 +1,80 @@
+"""What one rank computes, alone or beside others; torchrun runs this file: `two_ranks.py TABLE FOLDER`."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import SETTINGS, STEPS_PER_EPOCH
+
+from dino.config import PretrainConfig
+from dino.distributed import World
+from dino.images import ImageTable
+from dino.networks import build_dino
+from dino.optimizer import build_optimizer
+from dino.pretrain import Interrupted, make_micro_batches, pretrain, step_settings, train_step
+from dino.training_state import TrainingState, load_state, save_state
+
+CONFIG = PretrainConfig(**SETTINGS)
+FEW_STEPS, STOP_AFTER = 5, 3
+
+
+def few_steps(table: ImageTable, world: World, dtype: torch.dtype) -> dict[str, Any]:
+    """Steps through the public train_step in this dtype: this rank's crops of the first, losses, centre, weights."""
+    dino = build_dino(CONFIG, table.channels).to(dtype)
+    optimizer = build_optimizer(dino.student)
+    center, losses, first_crops = torch.zeros(1, CONFIG.out_dim, dtype=dtype), [], []
+    for step in range(FEW_STEPS):
+        batch_rows = torch.tensor(world.rows(CONFIG.batch))
+        images = table.batch((CONFIG.batch * step + batch_rows).tolist())
+        made = make_micro_batches(CONFIG, CONFIG.depth, step, images, batch_rows, table, world.device)
+        first_crops = first_crops or made[0][0]
+        parts = [([crop.to(dtype) for crop in crops], drawn) for crops, drawn in made]
+        settings = step_settings(CONFIG, step, STEPS_PER_EPOCH)
+        result = train_step(dino, optimizer, center, parts, settings, CONFIG, world)
+        center = result.center
+        losses.append(result.loss)
+    return {"crops": first_crops, "losses": torch.stack(losses), "center": center, "weights": dino.state_dict()}
+
+
+def whole_run(table: ImageTable, world: World, folder: Path) -> dict[str, Any]:
+    """A run that nobody stops, and one that only the last rank is asked to stop, resumed from the main rank's file."""
+    final = pretrain(CONFIG, table, world=world, precision=torch.float32)
+    steps, file = [], folder / "state.safetensors"
+
+    def save(state: TrainingState) -> None:
+        steps.append(state.step)
+        if world.is_main:
+            save_state(file, state, {})
+
+    asked = iter(range(1, 1000))
+    try:
+        pretrain(
+            CONFIG,
+            table,
+            world=world,
+            precision=torch.float32,
+            save=save,
+            should_save=lambda: world.is_main and not steps,  # once, after the first step
+            should_stop=lambda: next(asked) == STOP_AFTER and world.rank == world.size - 1,
+        )
+    except Interrupted as stopped:
+        reason = str(stopped)
+    resumed = pretrain(CONFIG, table, world=world, precision=torch.float32, state=load_state(file)[0])
+    return {"final": dataclasses.asdict(final), "resumed": dataclasses.asdict(resumed), "saved": steps, "said": reason}
+
+
+def compute(table: ImageTable, world: World, folder: Path) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    return {
+        "float64": few_steps(table, world, torch.float64),
+        "float32": few_steps(table, world, torch.float32),
+        "run": whole_run(table, world, folder),
+    }
+
+
+if __name__ == "__main__":
+    with World.start() as world:
+        folder = Path(sys.argv[2])
+        torch.save(compute(ImageTable(sys.argv[1]), world, folder), folder / f"{world.rank}.pt")

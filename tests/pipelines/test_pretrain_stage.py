@@ -1,0 +1,291 @@
+"""The pretraining stage as a process that dies: killed, told to end, resumed, its outs are those of a quiet run."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny import SETTINGS, digits, write_table
+
+from dino.checkpoint import load_backbone, untrained_backbone
+from dino.training_state import load_state
+
+PROJECT = Path(__file__).parents[2]
+OUTS = [
+    *("models/teacher.safetensors", "models/training_state.safetensors", "metrics/pretrain.json"),
+    *("plots/pretrain.csv", "plots/crops.png"),
+]
+IMAGES, BATCH, EPOCHS = 160, 4, 2
+STEPS_PER_EPOCH = IMAGES // BATCH
+STEPS = EPOCHS * STEPS_PER_EPOCH
+EXIT_REQUEUE = 75
+
+
+class Workplace:
+    """A directory with params.yaml and a prepared table: all that the stage needs."""
+
+    def __init__(self, root: Path, **changes: Any) -> None:
+        self.root = root
+        write_table(root / "data/prepared/train.arrow", digits(IMAGES))
+        self.set(**changes)
+
+    def set(self, **changes: Any) -> None:
+        content = yaml.safe_load((PROJECT / "params.yaml").read_text())
+        settings = {name: list(value) if isinstance(value, tuple) else value for name, value in SETTINGS.items()}
+        content["pretrain"] |= settings | {"epochs": EPOCHS, "batch": BATCH, "depth": 1} | changes
+        content["runtime"]["tracking"]["enabled"] = False
+        content["runtime"]["pretrain"]["save_minutes"] = 1e-9  # after each step
+        (self.root / "params.yaml").write_text(yaml.safe_dump(content))
+
+    def start(self, hash_seed: int = 0, threads: int = 1, *launcher: str) -> subprocess.Popen[str]:
+        """The stage as DVC would run it, in a process group of its own."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("DINO_")}
+        return subprocess.Popen(
+            [sys.executable, *launcher, "-m", "pipelines.stages.pretrain"],
+            cwd=self.root,
+            env=environment
+            | {"PYTHONPATH": str(PROJECT), "PYTHONHASHSEED": str(hash_seed), "OMP_NUM_THREADS": str(threads)}
+            | {"DINO_DEVICE": "cpu", "PYTHONWARNINGS": "default"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, hash_seed: int = 0, threads: int = 1, *launcher: str) -> tuple[int, str, str]:
+        process = self.start(hash_seed, threads, *launcher)
+        out, err = process.communicate(timeout=600)
+        return process.returncode, out, err
+
+    def saved_step(self) -> int:
+        """Steps of the newest saved state that is whole; 0 if there is none."""
+        steps = [0]
+        for path in self.root.glob(".work/pretrain/*/state.safetensors"):
+            try:
+                steps.append(load_state(path)[0].step)
+            except ValueError:  # just being renamed
+                continue
+        return max(steps)
+
+    def md5s(self) -> dict[str, str]:
+        return {out: hashlib.md5((self.root / out).read_bytes()).hexdigest() for out in OUTS}
+
+    def metrics(self) -> dict[str, Any]:
+        return json.loads((self.root / "metrics/pretrain.json").read_text())
+
+
+def wait_for(process: subprocess.Popen[str], true: Callable[[], bool]) -> None:
+    """Return when it is true; fail if the process ends before, or after minutes."""
+    until = time.monotonic() + 300
+    while not true():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def end(process: subprocess.Popen[str], number: int) -> tuple[str, str]:
+    os.killpg(process.pid, number)
+    return process.communicate(timeout=300)
+
+
+@pytest.fixture(scope="module")
+def quiet_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+    """A training that nobody interrupts."""
+    place = Workplace(tmp_path_factory.mktemp("quiet"))
+    code, out, err = place.run(hash_seed=1)
+    assert (code, err) == (0, "")
+    assert f"{IMAGES} images, {EPOCHS} epochs, {STEPS} steps of {BATCH} on cpu in fp32, key " in out
+    assert "resuming" not in out
+    yield place
+
+
+def test_killed_in_mid_epoch_elsewhere_and_run_again_it_leaves_the_same_bytes(
+    quiet_run: Workplace, tmp_path: Path
+) -> None:
+    place = Workplace(tmp_path / "another" / "directory")
+    process = place.start(hash_seed=2)
+    wait_for(process, lambda: place.saved_step() > STEPS_PER_EPOCH // 2)
+    end(process, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    killed_at = place.saved_step()
+    assert 0 < killed_at < STEPS and killed_at % STEPS_PER_EPOCH, "not in mid-epoch"
+    assert not any((place.root / out).exists() for out in OUTS)
+    code, out, _ = place.run(hash_seed=3)
+    assert code == 0 and f"resuming after step {killed_at}" in out
+    assert place.md5s() == quiet_run.md5s()
+    assert place.metrics()["bit_exact"] is True
+
+
+def test_told_to_end_it_saves_says_how_to_go_on_and_asks_to_be_run_again(quiet_run: Workplace, tmp_path: Path) -> None:
+    """Then it goes on with other threads, which is told and recorded."""
+    place = Workplace(tmp_path)
+    process = place.start()
+    wait_for(process, lambda: place.saved_step() >= 3)
+    _, err = end(process, signal.SIGTERM)
+    stopped_at = place.saved_step()
+    assert process.returncode == EXIT_REQUEUE
+    said = f"stopped after step {stopped_at} of {STEPS}; its state is saved, run the same command again to go on"
+    assert err == f"pretrain: {said}\n"
+    code, out, err = place.run(threads=2)
+    assert code == 0 and f"resuming after step {stopped_at}" in out
+    assert "resuming in another environment (threads 1 -> 2)" in err and "bit_exact: false" in err
+    assert place.metrics()["bit_exact"] is False
+    assert place.metrics()["key"] == quiet_run.metrics()["key"]
+    assert place.metrics()["loss"] == pytest.approx(quiet_run.metrics()["loss"], rel=0.05)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a parent's death is told on Linux only")
+def test_its_parents_death_makes_it_save_even_when_both_were_told_to_end(tmp_path: Path) -> None:
+    """A group gets TERM: the parent dies at once, which must not count as a second order to the trainer."""
+    place = Workplace(tmp_path)
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'pipelines.stages.pretrain'])"
+    process = place.start(0, 1, "-c", parent)
+    wait_for(process, lambda: place.saved_step() >= 3)
+    _, err = end(process, signal.SIGTERM)  # read to its end: when the trainer has closed it
+    assert process.returncode == -signal.SIGTERM
+    assert f"pretrain: stopped after step {place.saved_step()} of {STEPS}; its state is saved" in err
+
+
+def test_the_results_say_what_made_them(quiet_run: Workplace) -> None:
+    backbone, facts = load_backbone(quiet_run.root / "models/teacher.safetensors")
+    table = (quiet_run.root / "data/prepared/train.arrow").read_bytes()
+    metrics = quiet_run.metrics()
+    assert facts["data_md5"] == hashlib.md5(table).hexdigest()
+    assert facts["key"] == metrics["key"] and facts["params"]["precision"] == metrics["precision"] == "fp32"
+    assert facts["params"]["epochs"] == metrics["epochs"] == EPOCHS
+    assert (metrics["steps"], metrics["images_seen"]) == (STEPS, STEPS * BATCH)
+    assert metrics["parameters"] == sum(p.numel() for p in backbone.parameters())
+    state, state_facts = load_state(quiet_run.root / "models/training_state.safetensors")
+    assert state.step == STEPS and state_facts["key"] == facts["key"]
+    for name, tensor in backbone.state_dict().items():
+        assert state.tensors[f"teacher.backbone.{name}"].equal(tensor)
+    untrained = untrained_backbone(facts).state_dict()
+    assert any(not untrained[name].equal(tensor) for name, tensor in backbone.state_dict().items())
+    rows = (quiet_run.root / "plots/pretrain.csv").read_text().splitlines()
+    assert rows[0].startswith("step,epoch,loss,kl,") and rows[-1].startswith(f"{STEPS},{EPOCHS}.0,")
+    assert len(rows) == 1 + len(state.curve)
+
+
+def in_this_process(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The stage's exit code; for what ends before it trains."""
+    from pipelines.stage import run_stage
+    from pipelines.stages import pretrain as stage
+
+    monkeypatch.chdir(place.root)
+    monkeypatch.setattr(stage, "StopRequest", lambda: lambda: False)  # pytest's own signals stay as they are
+    for name in ("DINO_ROOT", "DINO_TRACEBACK", "WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DINO_DEVICE", "cpu")
+    with pytest.raises(SystemExit) as ended:
+        run_stage("pretrain", stage.main)
+    return int(ended.value.code or 0)
+
+
+def test_a_second_trainer_of_the_same_setting_is_refused(
+    quiet_run: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pipelines.resumable import Resumable
+
+    monkeypatch.chdir(quiet_run.root)
+    before = quiet_run.md5s()
+    with Resumable(quiet_run.metrics()["key"], {}) as held:
+        assert in_this_process(quiet_run, monkeypatch) == 1
+    message = capsys.readouterr().err
+    assert "pretrain failed: another process trains this very setting" in message and str(held.folder) in message
+    assert quiet_run.md5s() == before
+
+
+def test_a_changed_setting_has_its_own_key_and_the_changed_back_one_its_old(quiet_run: Workplace) -> None:
+    from dataclasses import asdict
+
+    from dino.fingerprint import intent_key
+    from dino.images import ImageTable
+    from pipelines import params
+
+    def key() -> str:
+        chosen = asdict(params.load(quiet_run.root / "params.yaml").pretrain)
+        return intent_key(chosen, ImageTable(quiet_run.root / "data/prepared/train.arrow").digest())
+
+    trained = quiet_run.metrics()["key"]
+    assert key() == trained
+    quiet_run.set(lr_at_256=0.06)
+    assert key() != trained
+    assert not (quiet_run.root / ".work/pretrain" / key()).exists()
+    quiet_run.set()
+    assert key() == trained
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"batch": 200}, ["pretrain.batch is 200", "160 training images", "choose at most 160"]),
+        ({"epochs": 0}, ["params.yaml has 1 problem", "pretrain.epochs is 0: choose 1 or more"]),
+    ],
+)
+def test_a_users_error_is_one_clear_message(
+    change: dict[str, Any],
+    parts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    place = Workplace(tmp_path, **change)
+    assert in_this_process(place, monkeypatch) == 1
+    message = capsys.readouterr().err
+    assert "pretrain failed: " in message and "Traceback" not in message
+    for part in parts:
+        assert part in message
+    assert not any((place.root / out).exists() for out in OUTS)
+
+
+def test_a_missing_table_is_one_clear_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = Workplace(tmp_path)
+    (tmp_path / "data/prepared/train.arrow").unlink()
+    assert in_this_process(place, monkeypatch) == 1
+    assert "no image table at data/prepared/train.arrow; prepare the data first" in capsys.readouterr().err
+
+
+@pytest.mark.acceptance
+def test_killed_at_random_three_times_it_leaves_the_same_bytes(quiet_run: Workplace, tmp_path: Path) -> None:
+    """Kills anywhere: in start-up, in a step, inside a save; redone is at most what was not saved."""
+    place, rng, resumed = Workplace(tmp_path), random.Random(0), []
+    for kill in range(3):
+        process = place.start(hash_seed=kill)
+        before = place.saved_step()
+        wanted = before + rng.randrange(1, STEPS // 4)
+        wait_for(process, lambda wanted=wanted: place.saved_step() >= wanted)
+        time.sleep(rng.uniform(0, 0.05))
+        out, _ = end(process, signal.SIGKILL)
+        assert not before or f"resuming after step {before}" in out
+        resumed.append(place.saved_step())
+    assert 0 < resumed[0] < resumed[1] < resumed[2] < STEPS
+    code, _, _ = place.run()
+    assert code == 0
+    assert place.md5s() == quiet_run.md5s()
+
+
+@pytest.mark.acceptance
+def test_two_ranks_under_torchrun_train_and_resume_as_one_stage(quiet_run: Workplace, tmp_path: Path) -> None:
+    place = Workplace(tmp_path)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    process = place.start(0, 1, *torchrun)
+    wait_for(process, lambda: place.saved_step() >= 3)
+    _, err = end(process, signal.SIGTERM)
+    stopped_at = place.saved_step()
+    assert f"stopped after step {stopped_at} of {STEPS}; its state is saved" in err
+    code, out, err = place.run(0, 1, *torchrun)
+    assert code == 0, err
+    assert out.count("key ") == 1 and f"resuming after step {stopped_at}" in out
+    assert place.metrics()["bit_exact"] is True and place.metrics()["key"] == quiet_run.metrics()["key"]
+    assert place.metrics()["loss"] == pytest.approx(quiet_run.metrics()["loss"], rel=0.05)
