@@ -36,9 +36,14 @@ def fetch(folder: Path) -> None:
     """Fill data/raw with the set that `folder` names, and with no other; leave it empty for a folder elsewhere.
 
     Raises:
-        ValueError: the set can't be had, or there is no set of this name.
+        ValueError: the set can't be had, there is no set of this name, or no such folder.
     """
     name = set_name(folder)
+    if name is None and not folder.is_dir():  # said here, as DVC's own word is only "No such file"
+        raise ValueError(
+            f"data.folder is {str(folder)!r}, and there is no such folder (looked for {folder.resolve()}); "
+            "correct it in params.yaml"
+        )
     paths.RAW.mkdir(parents=True, exist_ok=True)
     for other in NAMED.keys() - {name}:
         shutil.rmtree(paths.RAW / other, ignore_errors=True)

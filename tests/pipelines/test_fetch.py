@@ -192,9 +192,19 @@ def test_digits_need_no_network(place: Path) -> None:
 
 def test_a_folder_of_ones_own_leaves_data_raw_empty(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fetch(Path("data/raw/digits"))
-    fetch(Path("/somewhere/else"))
+    (place / "own").mkdir()
+    fetch(place / "own")
     assert list(paths.RAW.iterdir()) == []
     assert "nothing to fetch" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_not_there_is_told_and_loses_nothing(place: Path) -> None:
+    fetch(Path("data/raw/digits"))
+    with pytest.raises(
+        ValueError, match=r"data\.folder is '/somewhere/else', and there is no such folder.*params\.yaml"
+    ):
+        fetch(Path("/somewhere/else"))
+    assert (paths.RAW / "digits").is_dir()
 
 
 def test_what_fetch_leaves_depends_on_the_name_only(place: Path) -> None:
