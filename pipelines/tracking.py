@@ -129,7 +129,8 @@ class Tracker:
             return
         now = int(time.time() * 1000)
         with self._change:
-            self._points += [(step, now, dict(values)) for step, values in points]
+            for step, values in points:
+                self._points.append((step, now, {name: value for name, value in values.items() if name != "step"}))
             del self._points[:-POINTS_KEPT]
             self._change.notify()
 
