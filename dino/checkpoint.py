@@ -48,7 +48,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             facts = dict(json.loads((file.metadata() or {})[FACTS]))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             known = facts.pop("crc32")
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} is no checkpoint of this project, or it is cut short ({error!r})") from error
     if known != _checksum(tensors, facts):
         raise ValueError(f"{path} was altered or damaged: its checksum does not match; restore it")

@@ -69,7 +69,8 @@ class Workplace:
     def saved_step(self) -> int:
         """Steps of the newest saved state that is whole; 0 if there is none."""
         steps = [0]
-        for path in self.root.glob(".work/pretrain/*/state.safetensors"):
+        folder = self.root / ".work/pretrain"  # a kill between the two renames of a save leaves only `previous`
+        for path in [*folder.glob("*/state.safetensors"), *folder.glob("*/previous.safetensors")]:
             try:
                 steps.append(load_state(path)[0].step)
             except ValueError:  # just being renamed
