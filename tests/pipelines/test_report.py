@@ -18,11 +18,13 @@ import pytest
 from PIL import Image
 from results_folder import COUNTS, NO_LABELS, REPOSITORY, make_results
 
+from dino.images import ImageTable
 from pipelines import params, paths
-from pipelines.gallery import Classes, choose_queries
+from pipelines.feature_file import read_features
+from pipelines.gallery import Classes, choose_queries, neighbour_rows
 from pipelines.stages import report
 
-HOSTILE = ['<script>alert("x")</script>', "a&b $x^2$ 'q'", "衣服 {{ 7 * 7 }} --> é"]
+HOSTILE = ['<script>alert("x")</script>', "a&b $\\frac$ 'q'", "衣服 {{ 7 * 7 }} --> é"]
 ADDRESSES = ("src", "href", "srcset", "data", "action", "poster", "xlink:href", "background")
 
 
@@ -244,11 +246,32 @@ def luminance(colour: str) -> float:
     return float(linear @ [0.2126, 0.7152, 0.0722])
 
 
+def test_neighbours_are_the_nearest_under_their_own_names(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(folder)
+    classes, features = Classes.read(), read_features("trained")
+    rows = {split: np.flatnonzero(features.splits == split) for split in ("train", "test")}
+    queries = [3, 0, 14]
+    for query, shown in zip(queries, neighbour_rows(classes, queries, 4), strict=True):
+        asked = features.rows_ND[rows["test"][query]]
+        cosines = [float(asked @ features.rows_ND[row] / features.rows_ND[row].norm()) for row in rows["train"]]
+        nearest = sorted(range(len(cosines)), key=lambda place: -cosines[place])[:4]
+        own = classes.of["test", features.ids[rows["test"][query]]]
+        names = [classes.of["train", features.ids[rows["train"][place]]] for place in nearest]
+        assert [picture.caption for picture in shown] == [own, *names]
+        assert [picture.right for picture in shown] == [None, *(name == own for name in names)]
+        for picture, place in zip(shown[1:], nearest, strict=True):
+            stored = ImageTable(paths.TRAIN_IMAGES).batch([place])
+            height, width = stored.sizes_B2[0].tolist()
+            times = 112 // max(height, width)
+            assert picture.pixels.shape == (times * height, times * width, 3)
+            assert np.array_equal(picture.pixels[::times, ::times, 0], stored.pixels_BCHW[0, 0, :height, :width])
+
+
 def test_queries_take_the_classes_in_turn(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(folder)
     classes = Classes.read()
     rows = choose_queries(classes, 7)
-    ids = report.gallery.ImageTable(paths.TEST_IMAGES).ids
+    ids = ImageTable(paths.TEST_IMAGES).ids
     names = [classes.of["test", ids[row]] for row in rows]
     assert names == ["bag", "coat", "shoe", "bag", "coat", "shoe", "bag"]
     for name in classes.names:
