@@ -27,7 +27,8 @@ def in_a_fork(tree: Path, tests: list[str], log: Path) -> None:
     sys.path.insert(0, str(tree))
     sys.dont_write_bytecode = True  # one second's edits would look alike
     with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        os._exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *(f"tests/dino/{t}" for t in tests)]))
+        code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", *(f"tests/dino/{t}" for t in tests)])
+    os._exit(code)
 
 
 def run_tests(tree: Path, tests: list[str]) -> tuple[int | None, str]:
