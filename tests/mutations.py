@@ -124,7 +124,7 @@ MUTATIONS = [
     Mutation("loss", "gradient of a global view from its own teacher view", LOSS,
              "grad_VBK[0] -= target_QBK[1]\n        grad_VBK[1] -= target_QBK[0]",
              "grad_VBK[0] -= target_QBK[0]\n        grad_VBK[1] -= target_QBK[1]",
-             "test_loss.py::test_closed_gradient_is_the_numerical_one"),
+             "test_loss.py::test_loss_and_gradient_are_the_double_loops"),
     Mutation("loss", "mean over 2 (2 + L) pairs", LOSS,
              "pairs = GLOBAL_VIEWS * (V - 1)\n", "pairs = GLOBAL_VIEWS * V\n", "test_loss.py::test_golden_loss"),
     Mutation("loss", "gradient without the student's temperature", LOSS,

@@ -73,6 +73,8 @@ def test_evaluation_in_inference_mode_leaves_training_possible() -> None:
     vision_transformer.position_resampling.cache_clear()
     with torch.inference_mode():
         model(images(1, 12))
+    remembered = vision_transformer.position_resampling(4, 3, 3, torch.float64, model.pos_embed.device)
+    assert not remembered.is_inference()
     model(images(1, 12)).sum().backward()
     assert model.pos_embed.grad is not None
 
