@@ -1,4 +1,4 @@
-"""What k-NN and linear share: each kind of features judged by the same code, settings chosen on val, test read once."""
+"""What k-NN and probe share: each kind of features judged by the same code, settings chosen on val, test read once."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field

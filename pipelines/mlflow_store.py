@@ -375,7 +375,7 @@ class Row:
 
     def complete(self, content: RowContent) -> None:
         """Everything that `content` knows and the row does not say yet."""
-        with _alone:  # k-NN and linear may both find that the row lacks its curves
+        with _alone:  # k-NN and probe may both find that the row lacks its curves
             self.add_params(content.params)
             self.add_tags(content.tags)
             self.add_data(content.data)
@@ -391,7 +391,7 @@ class Row:
 
     def tell(self) -> None:
         """Write the row's description anew from what it says by now."""
-        with _alone:  # k-NN and linear end at the same time: whoever comes second has read both
+        with _alone:  # k-NN and probe end at the same time: whoever comes second has read both
             self._read(self.client.get_run(self.run_id))
             self.add_tags({NOTE_TAG: describe(self.params, self.metrics, self.tags)})
 

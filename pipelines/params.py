@@ -66,8 +66,8 @@ class Knn(Section):
     temperature: Annotated[float, Field(gt=0)]
 
 
-class Linear(Section):
-    """Stage linear."""
+class Probe(Section):
+    """Stage probe."""
 
     seed: Annotated[int, Field(ge=0)]
     epochs: Count
@@ -119,7 +119,7 @@ class Params(Section):
     pretrain: Pretrain
     embed: Embed
     knn: Knn
-    linear: Linear
+    probe: Probe
     report: Report
     runtime: Runtime
 

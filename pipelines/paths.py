@@ -24,7 +24,7 @@ CROPS_PICTURE = Path("plots/crops.png")
 FEATURES = Path("features")
 KNN_METRICS = Path("metrics/knn.json")
 KNN_PREDICTIONS = Path("plots/knn_predictions.csv")
-LINEAR_METRICS = Path("metrics/linear.json")
+PROBE_METRICS = Path("metrics/probe.json")
 REPORT = Path("report")
 
 EXPERIMENT_CLONES = "/.dvc/tmp/exps/"

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-EVALUATION_SECTIONS = ("embed", "knn", "linear")
+EVALUATION_SECTIONS = ("embed", "knn", "probe")
 VERSIONS = ("torch", "torchvision", "numpy", "dvc", "mlflow", "prefect")
 TABLES = ("_by_", "class_balance")  # one number a setting or a class: the JSON file, logged whole, keeps them
 Point = tuple[int, dict[str, float]]
@@ -78,13 +78,13 @@ def texts(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def evaluation_digest(settings: Mapping[str, Any]) -> str:
-    """Twelve hex digits of the settings that evaluation reads (embed, knn, linear)."""
+    """Twelve hex digits of the settings that evaluation reads (embed, knn, probe)."""
     chosen = {section: settings.get(section) for section in EVALUATION_SECTIONS}
     return hashlib.md5(json.dumps(chosen, sort_keys=True).encode(), usedforsecurity=False).hexdigest()[:12]
 
 
 def evaluation_params(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Params of the sections embed, knn and linear."""
+    """Params of the sections embed, knn and probe."""
     found: dict[str, str] = {}
     for section in EVALUATION_SECTIONS:
         found |= flat_params(section, settings.get(section) or {})

@@ -11,7 +11,7 @@ from pipelines import paths
 
 KINDS = {"pixels": "Raw pixels", "untrained": "Untrained backbone", "trained": "Trained backbone"}
 BASELINES = {"untrained": "the untrained network", "pixels": "raw pixels"}
-EVALUATIONS = {"k-NN": paths.KNN_METRICS, "linear probe": paths.LINEAR_METRICS}
+EVALUATIONS = {"k-NN": paths.KNN_METRICS, "probe": paths.PROBE_METRICS}
 TOP1 = ("val_top1", "test_top1", "test_top1_low", "test_top1_high")
 MORE_TRAINING = "Healthy but not ahead: first give it more training (pretrain.epochs), then other crops."
 
@@ -34,7 +34,7 @@ class Score:
 
     @staticmethod
     def read(values: Mapping[str, Any]) -> "Score":
-        """From an entry of metrics/knn.json or linear.json: `k` was chosen on val, out of the table `val_by_k`."""
+        """From an entry of metrics/knn.json or probe.json: `k` was chosen on val, out of the table `val_by_k`."""
         table = next((name for name in sorted(values) if name.startswith("val_by_")), "")
         setting = table.removeprefix("val_by_")
         return Score(
@@ -71,7 +71,7 @@ class Evaluation:
 
     @staticmethod
     def read(name: str, path: Path) -> "Evaluation":
-        """From metrics/knn.json or linear.json; where there is no such file, it was left out."""
+        """From metrics/knn.json or probe.json; where there is no such file, it was left out."""
         if not path.is_file():
             return Evaluation(name, skipped="not evaluated yet")
         values = json.loads(path.read_text(encoding="utf-8"))

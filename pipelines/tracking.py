@@ -324,12 +324,12 @@ def evaluation(
 ) -> None:
     """Write metrics/STAGE.json, then the numbers into the row of `key`.
 
-    The settings (embed, knn, linear) of the first evaluation are the row's own; other settings of the same
+    The settings (embed, knn, probe) of the first evaluation are the row's own; other settings of the same
     checkpoint become a row below it.
 
     Args:
         key: The checkpoint's key.
-        stage: knn or linear.
+        stage: knn or probe.
         metrics: What the JSON file shall hold.
         pictures: Files to show beside the numbers.
         params: All of params.yaml; read from the working directory if not given.

@@ -14,8 +14,8 @@ COLUMNS = {
     "attributes.`Run Name`": 250,
     "metrics.`knn/val_top1`": 100,
     "metrics.`knn/test_top1`": 105,
-    "metrics.`linear/val_top1`": 110,
-    "metrics.`linear/test_top1`": 115,
+    "metrics.`probe/val_top1`": 110,
+    "metrics.`probe/test_top1`": 115,
     "metrics.`knn/untrained/test_top1`": 165,
     "metrics.`knn/pixels/test_top1`": 140,
     "metrics.`images_per_second`": 145,
@@ -26,7 +26,7 @@ COLUMNS = {
     "tags.`dvc.exp_name`": 130,
 }
 # Charts of the compared runs, one step axis; a metric without one gets its own chart below these.
-SCORES = ("knn/val_top1", "linear/val_top1", "knn/test_top1")
+SCORES = ("knn/val_top1", "probe/val_top1", "knn/test_top1")
 CURVES = ("loss", "teacher_entropy", "kl", "rank_me", "grad_norm", "images_per_second")
 
 
@@ -79,7 +79,7 @@ EXPERIMENT_TAGS = {
 }
 GAP = "&emsp;"  # the UI's tables have no space between cells
 _KINDS = ("trained", "untrained", "pixels")
-_PROBES = {"knn": ("k-NN", "k"), "linear": ("linear", "lr")}
+_EVALUATIONS = {"knn": ("k-NN", "k"), "probe": ("probe", "lr")}
 
 
 def address(server: str, experiment_id: str) -> str:
@@ -100,7 +100,7 @@ def describe(params: Mapping[str, str], metrics: Mapping[str, float], tags: Mapp
 
 def _scores(metrics: Mapping[str, float]) -> list[str]:
     rows = []
-    for stage, (title, setting) in _PROBES.items():
+    for stage, (title, setting) in _EVALUATIONS.items():
         cells = [_score(metrics, f"{stage}/" if kind == "trained" else f"{stage}/{kind}/") for kind in _KINDS]
         if any(cells):
             chosen = metrics.get(f"{stage}/{setting}")

@@ -19,7 +19,7 @@ from pipelines import paths, row
 from pipelines.params import Params
 
 LOCK = Path("dvc.lock")
-EVALUATIONS = {"knn": paths.KNN_METRICS, "linear": paths.LINEAR_METRICS}
+EVALUATIONS = {"knn": paths.KNN_METRICS, "probe": paths.PROBE_METRICS}
 PICTURES = (paths.SAMPLES_PICTURE, paths.CROPS_PICTURE)
 PAGE_FORMATS = (".html", ".png", ".css", ".js", ".svg")
 
@@ -210,7 +210,7 @@ def _evaluation(lock: Lock, locked: Mapping[str, Any], left_out: list[str]) -> r
         digest=row.evaluation_digest(locked),
         params=row.evaluation_params(locked),
         summaries=summaries,
-        tags=tags | row.md5_tags(lock.outs("embed", "knn", "linear")),
+        tags=tags | row.md5_tags(lock.outs("embed", "knn", "probe")),
         files=files + list(_report()),
     )
 

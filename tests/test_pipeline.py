@@ -34,9 +34,9 @@ TINY = {
     },
     "embed": {"resize_px": 8, "crop_px": 8, "pixels_px": 8},
     "knn": {"neighbours": [1, 5, 20]},
-    "linear": {"epochs": 5, "lrs": [0.1, 1.0]},
+    "probe": {"epochs": 5, "lrs": [0.1, 1.0]},
 }
-STAGES = ["fetch", "prepare", "pretrain", "embed", "knn", "linear", "report"]
+STAGES = ["fetch", "prepare", "pretrain", "embed", "knn", "probe", "report"]
 
 
 def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -88,7 +88,7 @@ def outs(folder: Path) -> dict[str, str]:
 def test_every_stage_runs_and_scores_stand_in_the_metrics(first: Path) -> None:
     lock = yaml.safe_load((first / "dvc.lock").read_text())
     assert sorted(lock["stages"]) == sorted(STAGES)
-    for name in ("knn", "linear"):
+    for name in ("knn", "probe"):
         metrics = json.loads((first / f"metrics/{name}.json").read_text())
         for kind in ("trained", "untrained", "pixels"):
             scores = metrics[kind]
@@ -134,12 +134,12 @@ def test_the_flow_finds_everything_up_to_date(first: Path) -> None:
 
 
 def test_an_experiment_is_one_more_row_to_compare(first: Path) -> None:
-    done = run(first, "dvc", "exp", "run", "-S", "linear.epochs=3", "--name", "short-probe")
+    done = run(first, "dvc", "exp", "run", "-S", "probe.epochs=3", "--name", "short-probe")
     assert done.returncode == 0, done.stdout + done.stderr
     shown = run(first, "dvc", "exp", "show", "--csv")
     assert "short-probe" in shown.stdout
     difference = run(first, "dvc", "metrics", "diff", "--json")
-    assert "metrics/linear.json" in difference.stdout
+    assert "metrics/probe.json" in difference.stdout
 
 
 def test_a_wrong_setting_is_one_clear_error_and_loses_nothing(first: Path) -> None:

@@ -19,7 +19,7 @@ from pipelines.params import Embed, Params
 from pipelines.progress import progress
 from pipelines.stage import run_stage
 
-PIXEL_NUMBERS = 4096  # of an image; beyond it the pixels' linear probe and k-NN outgrow memory and patience
+PIXEL_NUMBERS = 4096  # of an image; beyond it the pixels' probe and k-NN outgrow memory and patience
 
 
 def main(params: Params) -> None:

@@ -19,7 +19,7 @@ SETTINGS["data"] |= {"folder": "data/raw/digits"}
 SETTINGS["pretrain"] |= {"arch": "vit_tiny", "patch_size": 4, "embed_dim": 64, "num_heads": 2, "depth": 3,
                          "epochs": 5, "seed": 0, "global_px": 20, "local_px": 12}  # fmt: skip
 SETTINGS["knn"] |= {"temperature": 0.07}
-SETTINGS["linear"] |= {"lrs": [1e-5, 0.1, 1.0]}
+SETTINGS["probe"] |= {"lrs": [1e-5, 0.1, 1.0]}
 SETTINGS["runtime"]["tracking"] |= {"enabled": True, "experiment": "dino", "uri": None}
 RESOLVED = {**SETTINGS["pretrain"], "precision": "fp32"}
 
@@ -39,7 +39,7 @@ def curve_points() -> list[tuple[int, dict[str, float]]]:
     ]
 
 
-def lay(root: Path, *, key: str = "k1", seed: int = 0, knn: float = 0.8, linear: float = 0.82) -> None:
+def lay(root: Path, *, key: str = "k1", seed: int = 0, knn: float = 0.8, probe: float = 0.82) -> None:
     """Write every file below `root`, as after a `dvc repro`; `seed` chooses the teacher's weights."""
     for folder in ("metrics", "plots", "models", "data/prepared", "features", "report"):
         (root / folder).mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def lay(root: Path, *, key: str = "k1", seed: int = 0, knn: float = 0.8, linear:
     _json(root / paths.PRETRAIN_METRICS, {"loss": 5.5, "epochs": 5, "images_seen": 450, "key": key,
                                           "health": {"state": "healthy", "advice": ""}})  # fmt: skip
     _json(root / paths.KNN_METRICS, scores(knn))
-    _json(root / paths.LINEAR_METRICS, scores(linear))
+    _json(root / paths.PROBE_METRICS, scores(probe))
     with (root / paths.PRETRAIN_CURVES).open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["step", "epoch", "loss", "lr"])
@@ -87,7 +87,7 @@ def write_lock(root: Path, settings: dict[str, Any] = SETTINGS) -> None:
             "pretrain": stage(images[:1], [paths.TEACHER, paths.TRAINING_STATE, paths.PRETRAIN_METRICS], "pretrain"),
             "embed": stage([paths.TEACHER], [paths.FEATURES], "embed"),
             "knn": stage([paths.FEATURES, paths.LABELS], [paths.KNN_METRICS], "knn"),
-            "linear": stage([paths.FEATURES, paths.LABELS], [paths.LINEAR_METRICS], "linear"),
+            "probe": stage([paths.FEATURES, paths.LABELS], [paths.PROBE_METRICS], "probe"),
         },
     }
     # as ruamel writes it for DVC: 1e-05, which PyYAML reads back as text

@@ -28,7 +28,7 @@ HEALTHY = {"state": "healthy", "advice": "Nothing to do."}
 
 
 def score(test: float, half_width: float = 0.011, **chosen: float) -> dict[str, Any]:
-    """An entry of metrics/knn.json or linear.json."""
+    """An entry of metrics/knn.json or probe.json."""
     (setting, value), *_ = chosen.items()
     tried = {str(value): test + 0.0123, str(value * 2): test - 0.0071}
     return {
@@ -41,10 +41,10 @@ KNN = {
     "trained": score(0.8714, k=10), "untrained": score(0.6342, k=5), "pixels": score(0.8447, k=20),
     "protocol": "weighted k-NN, temperature 0.07",
 }  # fmt: skip
-LINEAR = {
+PROBE = {
     "trained": {**score(0.8823, lr=0.3), "damping": 0.25, "diverged": ["lr 30 damping 1"]},
     "untrained": score(0.7011, lr=1.0), "pixels": score(0.8406, lr=0.03),
-    "protocol": "linear probe on stored features",
+    "protocol": "probe on stored features",
 }  # fmt: skip
 NO_LABELS = {"skipped": "the data set has no labels"}
 
@@ -60,7 +60,7 @@ def png(rng: np.random.Generator, label: int, height: int = SIDE_PX) -> bytes:
 
 def make_results(
     root: Path, *, names: Sequence[str] = ("bag", "coat", "shoe"), labelled: bool = True,
-    health: dict[str, str] = HEALTHY, knn: dict[str, Any] = KNN, linear: dict[str, Any] = LINEAR,
+    health: dict[str, str] = HEALTHY, knn: dict[str, Any] = KNN, probe: dict[str, Any] = PROBE,
 ) -> Path:  # fmt: skip
     """Write everything below `root` that `report` reads, and params.yaml; returns root."""
     rng = np.random.default_rng(0)
@@ -80,7 +80,7 @@ def make_results(
             feature_rows.append((split, image_id, np.eye(WIDTH)[label] + rng.normal(0, 0.45, WIDTH)))
     _write_tables(root, label_rows, feature_rows)
     _write_metrics(root, names if labelled else [], health, knn if labelled else NO_LABELS,
-                   linear if labelled else NO_LABELS)  # fmt: skip
+                   probe if labelled else NO_LABELS)  # fmt: skip
     _write_model(root)
     if labelled:
         actual = [row[3] for row in label_rows if row[1] == "test"]
@@ -105,7 +105,7 @@ def _write_tables(root: Path, label_rows: list[tuple], feature_rows: list[tuple]
 
 
 def _write_metrics(
-    root: Path, names: Sequence[str], health: dict[str, str], knn: dict[str, Any], linear: dict[str, Any]
+    root: Path, names: Sequence[str], health: dict[str, str], knn: dict[str, Any], probe: dict[str, Any]
 ) -> None:
     for folder in ("metrics", "plots"):
         (root / folder).mkdir()
@@ -123,7 +123,7 @@ def _write_metrics(
         "loss": 3.21, "teacher_entropy": 1.2, "kl": 2.0, "health": health, "epochs": 2, "steps": 40,
         "images_seen": 12345, "key": KEY, "precision": "fp32", "parameters": 54321,
     }  # fmt: skip
-    for name, values in {"data": data, "pretrain": training, "knn": knn, "linear": linear}.items():
+    for name, values in {"data": data, "pretrain": training, "knn": knn, "probe": probe}.items():
         (root / f"metrics/{name}.json").write_text(json.dumps(values), encoding="utf-8")
     header = ["step", "epoch", "loss", "teacher_entropy", "batch_entropy", "kl", "feature_std", "rank_me", "lr",
               "weight_decay", "ema_momentum", "teacher_temp", "grad_norm"]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Laws of embed, knn and linear on real files: what they write, what they read, when they refuse."""
+"""Laws of embed, knn and probe on real files: what they write, what they read, when they refuse."""
 
 import csv
 import hashlib
@@ -23,11 +23,11 @@ from dino.distributed import World
 from dino.features import extract_features
 from dino.images import ImageTable, write_image_table
 from dino.intervals import wilson_interval
-from dino.linear import Setting, train_probes
+from dino.probe import Setting, train_probes
 from pipelines import params as settings
 from pipelines import paths
 from pipelines.feature_file import read_features
-from pipelines.stages import embed, knn, linear
+from pipelines.stages import embed, knn, probe
 
 REPOSITORY = Path(__file__).parents[2]
 KINDS = ["trained", "untrained", "pixels"]
@@ -85,7 +85,7 @@ def small(params: settings.Params, **changes: Any) -> settings.Params:
     fitting: dict[str, Any] = {
         "embed": {"resize_px": 12, "crop_px": 12, "pixels_px": 12},
         "knn": {"neighbours": [1, 3, 7, 20]},
-        "linear": {"epochs": 5, "batch": 16},
+        "probe": {"epochs": 5, "batch": 16},
     }
     for section, values in changes.items():
         fitting[section] = fitting[section] | values
@@ -104,10 +104,10 @@ def folder(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 
 def evaluate(*stages: str, **changes: Any) -> dict[str, dict[str, Any]]:
-    """Run knn, linear or both, and read what they wrote."""
+    """Run knn, probe or both, and read what they wrote."""
     params = small(settings.load(), **changes)
     for stage in stages:
-        {"knn": knn, "linear": linear}[stage].main(params)
+        {"knn": knn, "probe": probe}[stage].main(params)
     return {stage: json.loads(Path(f"metrics/{stage}.json").read_text()) for stage in stages}
 
 
@@ -205,9 +205,9 @@ def test_knn_chooses_k_on_val_with_train_and_tests_once_with_train_and_val(folde
     assert found["trained"] != found["untrained"] != found["pixels"]
 
 
-def test_linear_chooses_on_val_and_tests_once_refitted_on_train_and_val(folder: Path) -> None:
+def test_probe_chooses_on_val_and_tests_once_refitted_on_train_and_val(folder: Path) -> None:
     lrs, dampings = [0.001, 0.3, 3.0], [1e-3, 1.0]
-    (found,) = evaluate("linear", linear={"lrs": lrs, "dampings": dampings}).values()
+    (found,) = evaluate("probe", probe={"lrs": lrs, "dampings": dampings}).values()
     assert set(found) == {*KINDS, "protocol"}
     settings = [Setting(lr, damping) for damping in dampings for lr in lrs]
 
@@ -230,9 +230,9 @@ def test_linear_chooses_on_val_and_tests_once_refitted_on_train_and_val(folder: 
 
 
 def test_labels_of_test_images_choose_nothing(folder: Path) -> None:
-    before = evaluate("knn", "linear")
+    before = evaluate("knn", "probe")
     relabel(lambda row: ((row["label"] + 1) % 3, NAMES[(row["label"] + 1) % 3]) if row["split"] == "test" else own(row))
-    after = evaluate("knn", "linear")
+    after = evaluate("knn", "probe")
     choice = ("val_top1", "k", "lr", "damping", "val_by_k", "val_by_lr")
     for stage, kind in ((stage, kind) for stage in before for kind in KINDS):
         assert [before[stage][kind].get(name) for name in choice] == [after[stage][kind].get(name) for name in choice]
@@ -240,10 +240,10 @@ def test_labels_of_test_images_choose_nothing(folder: Path) -> None:
 
 
 def test_results_repeat_to_the_byte(folder: Path) -> None:
-    files = [Path("metrics/knn.json"), Path("metrics/linear.json"), paths.KNN_PREDICTIONS]
-    evaluate("knn", "linear")
+    files = [Path("metrics/knn.json"), Path("metrics/probe.json"), paths.KNN_PREDICTIONS]
+    evaluate("knn", "probe")
     before = [file.read_bytes() for file in files]
-    evaluate("knn", "linear")
+    evaluate("knn", "probe")
     assert before == [file.read_bytes() for file in files]
 
 
@@ -258,7 +258,7 @@ def test_predictions_name_the_classes_of_the_trained_backbones_test_images(folde
 
 def test_without_labels_evaluations_are_left_out_with_a_word(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     relabel(lambda row: (None, None))
-    found = evaluate("knn", "linear")
+    found = evaluate("knn", "probe")
     assert list(found.values()) == [{"skipped": "the images have no labels"}] * 2
     assert paths.KNN_PREDICTIONS.read_text() == "actual,predicted\n"
     said = capsys.readouterr().out
@@ -284,7 +284,7 @@ def test_images_without_a_label_are_left_out(folder: Path) -> None:
 def test_a_class_with_one_image_is_judged(folder: Path) -> None:
     first = next(row["id"] for row in pq.read_table(paths.LABELS).to_pylist() if row["split"] == "train")
     relabel(lambda row: (99, "rare") if row["id"] == first else own(row))
-    found = evaluate("knn", "linear")
+    found = evaluate("knn", "probe")
     assert all(found[stage][kind]["test_top1"] > 0 for stage in found for kind in KINDS)
 
 
@@ -298,7 +298,7 @@ def test_features_and_labels_of_different_images_are_refused(folder: Path) -> No
     features = pq.read_table(paths.features_file("trained"))
     pq.write_table(features.slice(2), paths.features_file("trained"))
     with pytest.raises(ValueError, match=r"hold different images: 1 .*dvc repro embed"):
-        evaluate("linear")
+        evaluate("probe")
 
 
 def test_missing_and_foreign_files_are_named_with_their_cure(folder: Path) -> None:
@@ -319,12 +319,12 @@ def test_k_larger_than_the_bank_is_refused(folder: Path) -> None:
 
 
 def test_a_diverged_setting_loses_with_a_word(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (found,) = evaluate("linear", linear={"lrs": [1e38, 0.3], "dampings": [1e-4]}).values()
+    (found,) = evaluate("probe", probe={"lrs": [1e38, 0.3], "dampings": [1e-4]}).values()
     assert (found["trained"]["lr"], set(found["trained"]["val_by_lr"])) == (0.3, {"0.3"})
     assert found["trained"]["diverged"] == ["lr 1e+38 damping 0.0001"]
-    assert "linear: warning: trained: lr 1e+38 damping 0.0001 diverged" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"diverged with every setting; put smaller ones into linear\.lrs"):
-        evaluate("linear", linear={"lrs": [1e38], "dampings": [1e-4]})
+    assert "probe: warning: trained: lr 1e+38 damping 0.0001 diverged" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"diverged with every setting; put smaller ones into probe\.lrs"):
+        evaluate("probe", probe={"lrs": [1e38], "dampings": [1e-4]})
 
 
 @pytest.mark.parametrize(

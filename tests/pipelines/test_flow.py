@@ -244,7 +244,7 @@ def write_scores(root: Path) -> None:
     top1 = {"test_top1": 0.8612, "test_top1_low": 0.8543, "test_top1_high": 0.8678, "val_top1": 0.85}
     (root / "metrics").mkdir()
     (root / "metrics/knn.json").write_text(json.dumps({"trained": top1, "pixels": top1, "protocol": ""}))
-    (root / "metrics/linear.json").write_text(json.dumps({"skipped": "no labels", "protocol": ""}))
+    (root / "metrics/probe.json").write_text(json.dumps({"skipped": "no labels", "protocol": ""}))
     (root / "report").mkdir()
     (root / "report/index.html").touch()
 
@@ -257,7 +257,7 @@ def test_page_shows_scores_report_and_stages(tmp_path, monkeypatch):
     page = markdown(plan, results, whole=True)
     assert "| Trained backbone | 86.1 (85.4-86.8) |" in page
     assert "| Untrained backbone |  |" in page
-    assert "linear probe: left out, no labels" in page
+    assert "probe: left out, no labels" in page
     assert "Report: report/index.html" in page
     assert "| b | restored from cache | 1.2 |" in page
     assert last_words(plan, results, 3.2) == [

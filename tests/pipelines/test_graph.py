@@ -99,8 +99,8 @@ def test_selection_is_the_targets_and_what_they_need(graph, data):
 
 
 def test_an_unknown_target_is_an_error_that_guesses():
-    with pytest.raises(ValueError, match=r"no stage 'lienar'; did you mean linear\?"):
-        select({"knn": (), "linear": ()}, ["lienar"])
+    with pytest.raises(ValueError, match=r"no stage 'prboe'; did you mean probe\?"):
+        select({"knn": (), "probe": ()}, ["prboe"])
 
 
 def test_outcomes_are_dvcs(tmp_path):

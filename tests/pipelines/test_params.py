@@ -57,7 +57,7 @@ def test_values_arrive_with_their_types(tmp_path: Path) -> None:
     assert found.pretrain.lr_at_256 == 5e-4  # PyYAML reads 5e-4 as text, DVC as a number
     assert (type(found.pretrain.warmup_epochs), found.pretrain.ratio) == (float, (1.0, 2.0))
     assert found.pretrain.depth == GOOD["pretrain"]["depth"]
-    assert found.linear.lrs == GOOD["linear"]["lrs"]
+    assert found.probe.lrs == GOOD["probe"]["lrs"]
     assert found.runtime.tracking.uri is None
 
 
@@ -98,8 +98,8 @@ WRONG = [
     ({"knn__neighbours": []}, "knn.neighbours is []: ", ["at least 1 item"]),
     ({"knn__neighbours": [5, 0]}, "knn.neighbours.1 is 0: ", ["greater than or equal to 1"]),
     ({"knn__temperature": math.inf}, "knn.temperature is inf: ", ["should be a finite number"]),
-    ({"linear__lrs": [0.1, -1]}, "linear.lrs.1 is -1: ", ["greater than 0"]),
-    ({"linear__momentum": 1}, "linear.momentum is 1: ", ["less than 1"]),
+    ({"probe__lrs": [0.1, -1]}, "probe.lrs.1 is -1: ", ["greater than 0"]),
+    ({"probe__momentum": 1}, "probe.momentum is 1: ", ["less than 1"]),
     ({"runtime__pretrain__save_minutes": 0}, "runtime.pretrain.save_minutes is 0: ", ["greater than 0"]),
     ({"runtime__tracking__experiment": ""}, "runtime.tracking.experiment is '': ", ["at least 1 character"]),
 ]  # fmt: skip
@@ -125,12 +125,12 @@ def test_a_missing_key_is_named_with_its_cure(tmp_path: Path) -> None:
 
 def test_every_problem_stands_in_one_error(tmp_path: Path) -> None:
     several = {
-        k: v for change, _, _ in WRONG for k, v in change.items() if k.split("__")[0] in ("data", "knn", "linear")
+        k: v for change, _, _ in WRONG for k, v in change.items() if k.split("__")[0] in ("data", "knn", "probe")
     }
     several.pop("data")
     places = {line.split()[0].rstrip(":") for line in refused(changed(**several), tmp_path)}
     expected = {"data.val_fraction", "data.folder", "data.seed", "knn.zzz", "knn.neighbours.1", "knn.temperature"}
-    assert places == expected | {"linear.lrs.1", "linear.momentum"}
+    assert places == expected | {"probe.lrs.1", "probe.momentum"}
 
 
 def test_ranges_are_checked_beside_wrong_types(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
 
 # Fuzz
 
-PLACES = [(s, k) for s in ("data", "pretrain", "embed", "knn", "linear", "report") for k in GOOD[s]]
+PLACES = [(s, k) for s in ("data", "pretrain", "embed", "knn", "probe", "report") for k in GOOD[s]]
 PLACES += [("runtime", k) for k in GOOD["runtime"]] + [(s, None) for s in GOOD]
 scalars = (
     st.none()

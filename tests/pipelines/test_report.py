@@ -134,7 +134,7 @@ def distinct_scores() -> dict[str, Any]:
             }
             for kind in ("trained", "untrained", "pixels")
         }
-        for name, setting in (("knn", "k"), ("linear", "lr"))
+        for name, setting in (("knn", "k"), ("probe", "lr"))
     }  # fmt: skip
 
 
@@ -175,7 +175,7 @@ def test_hostile_class_names_are_text(hostile: str):
 
 
 def test_verdict_first_then_everything_else(page: Page, folder: Path):
-    sentence = "The trained backbone beats the untrained network and raw pixels, by k-NN and by linear probe; "
+    sentence = "The trained backbone beats the untrained network and raw pixels, by k-NN and by probe; "
     words = page.words
     assert words.index(sentence + "training is healthy.") < words.index("Nearest neighbours")
     for word in (

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from results_folder import KNN, LINEAR, NO_LABELS
+from results_folder import KNN, NO_LABELS, PROBE
 
 from pipelines.scores import MORE_TRAINING, Evaluation, Score, Verdict, standing, verdict
 
@@ -39,8 +39,8 @@ def test_intervals_that_touch_are_level(trained: Score, baseline: Score, word: s
     ("found", "health", "expected"),
     [
         (
-            [evaluation("k-NN", 0.9, 0.6, 0.8), evaluation("linear probe", 0.9, 0.6, 0.8)], HEALTHY,
-            Verdict("The trained backbone beats the untrained network and raw pixels, by k-NN and by linear probe; "
+            [evaluation("k-NN", 0.9, 0.6, 0.8), evaluation("probe", 0.9, 0.6, 0.8)], HEALTHY,
+            Verdict("The trained backbone beats the untrained network and raw pixels, by k-NN and by probe; "
                     "training is healthy.", "good"),
         ),
         (
@@ -49,9 +49,9 @@ def test_intervals_that_touch_are_level(trained: Score, baseline: Score, word: s
                     "training is not healthy (uniform collapse).", "bad", "Lower the temperature."),
         ),
         (
-            [evaluation("k-NN", 0.7, 0.6, 0.8), evaluation("linear probe", 0.9, 0.6, 0.8)], HEALTHY,
+            [evaluation("k-NN", 0.7, 0.6, 0.8), evaluation("probe", 0.9, 0.6, 0.8)], HEALTHY,
             Verdict("By k-NN the trained backbone beats the untrained network but stays behind raw pixels; "
-                    "by linear probe it beats the untrained network and raw pixels; training is healthy.",
+                    "by probe it beats the untrained network and raw pixels; training is healthy.",
                     "mixed", MORE_TRAINING),
         ),
         (
@@ -75,15 +75,15 @@ def test_the_sentence(found: list[Evaluation], health: dict[str, str], expected:
 
 
 def test_files_are_read_with_their_settings_in_order(tmp_path: Path):
-    path = tmp_path / "linear.json"
+    path = tmp_path / "probe.json"
     by_lr = {"10": 0.4, "0.01": 0.8, "0.001": 0.81, "3.0": 0.5}
-    values = {**LINEAR["trained"], "lr": 0.001, "damping": 0.1, "val_by_lr": by_lr, "diverged": ["lr 30 damping 1"]}
+    values = {**PROBE["trained"], "lr": 0.001, "damping": 0.1, "val_by_lr": by_lr, "diverged": ["lr 30 damping 1"]}
     path.write_text(json.dumps({"trained": values, "protocol": "stored features"}))
-    found = Evaluation.read("linear probe", path)
+    found = Evaluation.read("probe", path)
     assert found.protocol == "stored features" and list(found.scores) == ["trained"]
     score = found.scores["trained"]
     assert (score.test, score.low, score.high, score.val) == tuple(
-        LINEAR["trained"][name] for name in ("test_top1", "test_top1_low", "test_top1_high", "val_top1")
+        PROBE["trained"][name] for name in ("test_top1", "test_top1_low", "test_top1_high", "val_top1")
     )
     assert score.chosen == "damping = 0.1, lr = 0.001" and score.diverged == ["lr 30 damping 1"]
     by_setting = {"lr = 0.001": 0.81, "lr = 0.01": 0.8, "lr = 3": 0.5, "lr = 10": 0.4}

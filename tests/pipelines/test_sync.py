@@ -33,7 +33,7 @@ def pipeline() -> None:
         for step, values in evidence.curve_points():  # as the trainer's points are, with their own step inside
             tracker.log_curve_points([(step, {"step": step, **values})])
     tracking.evaluation("k1", "knn", evidence.scores(0.8), params=evidence.SETTINGS)
-    tracking.evaluation("k1", "linear", evidence.scores(0.82), params=evidence.SETTINGS)
+    tracking.evaluation("k1", "probe", evidence.scores(0.82), params=evidence.SETTINGS)
     tracking.report("k1", pages=["report/index.html"], params=evidence.SETTINGS)
 
 
@@ -110,7 +110,7 @@ def test_results_of_another_teacher_are_left_out(home: Path, capsys: pytest.Capt
     (run,) = witness.runs(home)
     assert run.data.tags["dino.key"] == "k2"
     assert not [name for name in run.data.metrics if not name.startswith("seconds")]
-    assert not [name for name in run.data.params if name.startswith(("knn", "linear", "embed"))]
+    assert not [name for name in run.data.params if name.startswith(("knn", "probe", "embed"))]
     told = capsys.readouterr().err
     assert "is not the one that dvc.lock holds" in told and "metrics/pretrain.json" in told
 
@@ -129,7 +129,7 @@ def test_an_evaluation_that_the_lock_does_not_tie_to_the_teacher_is_left_out(
     sync.sync(evidence.SETTINGS)
     (run,) = witness.runs(home)
     assert "knn/test_top1" not in run.data.metrics
-    assert run.data.metrics["linear/test_top1"] == 0.82
+    assert run.data.metrics["probe/test_top1"] == 0.82
     assert "dvc repro knn" in capsys.readouterr().err
 
 

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from results_folder import KNN, LINEAR, NO_LABELS, REPOSITORY, make_results
+from results_folder import KNN, NO_LABELS, PROBE, REPOSITORY, make_results
 
 SECONDS = {"fetch": 3.14, "prepare": 18.84, "pretrain": 1287.6, "knn": 12.0}
-STAGES = ["fetch", "prepare", "pretrain", "embed", "knn", "linear", "report"]
+STAGES = ["fetch", "prepare", "pretrain", "embed", "knn", "probe", "report"]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def table(root: Path, **environment: str) -> str:
 
 
 def all_numbers() -> list[str]:
-    scores = [found[kind] for found in (KNN, LINEAR) for kind in ("trained", "untrained", "pixels")]
+    scores = [found[kind] for found in (KNN, PROBE) for kind in ("trained", "untrained", "pixels")]
     names = ("test_top1", "test_top1_low", "test_top1_high")
     texts = [[f"{100 * score[name]:.1f}" for name in names] for score in scores]
     return [f"{test} ({low}-{high})" for test, low, high in texts]
@@ -61,7 +61,7 @@ def test_every_number_stands_whole_at_any_width(folder: Path, environment: dict[
     }  # fmt: skip
     assert [line[0] for line in lines if len(line) == 2 and line[0] in STAGES] == STAGES
     words = " ".join(printed.split())
-    assert "beats the untrained network and raw pixels, by k-NN and by linear probe; training is healthy." in words
+    assert "beats the untrained network and raw pixels, by k-NN and by probe; training is healthy." in words
     assert f"Report {(folder / 'report/index.html').resolve()}\n" in printed.replace("Report  ", "Report ")
     assert "make ui" in printed
     assert "\x1b" not in printed
@@ -69,16 +69,16 @@ def test_every_number_stands_whole_at_any_width(folder: Path, environment: dict[
 
 def test_kinds_and_evaluations_are_told_apart(folder: Path):
     lines = table(folder).splitlines()
-    heading = next(line for line in lines if "k-NN" in line and "linear probe" in line)
-    assert heading.index("k-NN") < heading.index("linear probe")
+    heading = next(line for line in lines if "k-NN" in line and "probe" in line)
+    assert heading.index("k-NN") < heading.index("probe")
     for kind, title in {
         "trained": "Trained backbone",
         "untrained": "Untrained backbone",
         "pixels": "Raw pixels",
     }.items():
         row = next(line for line in lines if title in line)
-        knn, linear = (f"{100 * found[kind]['test_top1']:.1f}" for found in (KNN, LINEAR))
-        assert row.index(knn) < row.index(linear)
+        knn, probe = (f"{100 * found[kind]['test_top1']:.1f}" for found in (KNN, PROBE))
+        assert row.index(knn) < row.index(probe)
 
 
 def test_without_labels_it_says_why(tmp_path: Path):
@@ -86,7 +86,7 @@ def test_without_labels_it_says_why(tmp_path: Path):
     shutil.copy(REPOSITORY / "dvc.yaml", tmp_path)
     printed = " ".join(table(tmp_path).split())
     assert f"k-NN: left out ({NO_LABELS['skipped']})" in printed
-    assert f"linear probe: left out ({NO_LABELS['skipped']})" in printed
+    assert f"probe: left out ({NO_LABELS['skipped']})" in printed
     assert "Without labels the trained backbone has no score; training is healthy." in printed
     assert "not written yet; `dvc repro` writes it" in printed
 

@@ -110,16 +110,16 @@ def test_a_row_says_what_was_trained_on_what(home: Path, monkeypatch: pytest.Mon
     evidence.lay(home)
     train(evidence.curve_points())
     tracking.evaluation("k1", "knn", evidence.scores(0.8), params=evidence.SETTINGS)
-    tracking.evaluation("k1", "linear", evidence.scores(0.82), params=evidence.SETTINGS)
+    tracking.evaluation("k1", "probe", evidence.scores(0.82), params=evidence.SETTINGS)
     tracking.report("k1", pages=["report/index.html"], params=evidence.SETTINGS)
 
     run = the_run(home)
     assert run.info.run_name == "vit_tiny/4 64x3 5 epochs (longer)"
     assert run.data.params["pretrain.precision"] == "fp32"  # as the checkpoint has it, not "auto"
-    assert run.data.params["linear.lrs"] == "[1e-05, 0.1, 1.0]"
+    assert run.data.params["probe.lrs"] == "[1e-05, 0.1, 1.0]"
     assert run.data.params["data.folder"] == "data/raw/digits"
     assert run.data.metrics["knn/test_top1"] == 0.8
-    assert run.data.metrics["linear/untrained/test_top1_high"] == pytest.approx(0.73)
+    assert run.data.metrics["probe/untrained/test_top1_high"] == pytest.approx(0.73)
     assert not [name for name in run.data.metrics if "_by_" in name or "T-shirt" in name]
     assert run.data.tags["dvc.models/teacher.safetensors"] == tracking.workspace.file_md5(home / paths.TEACHER)
     assert run.data.tags["pretrain.health.state"] == "healthy"
@@ -147,7 +147,7 @@ def test_the_columns_that_the_ui_opens_with_exist(home: Path) -> None:
         tracker.log_curve_points([(20, {"images_per_second": 1000.0})])
         tracker.tag({"dvc.exp_name": "longer"})
     tracking.evaluation("k1", "knn", evidence.scores(0.8), params=evidence.SETTINGS)
-    tracking.evaluation("k1", "linear", evidence.scores(0.82), params=evidence.SETTINGS)
+    tracking.evaluation("k1", "probe", evidence.scores(0.82), params=evidence.SETTINGS)
     run = the_run(home)
     for column in tracking_columns():
         kind, _, name = column.partition(".")
@@ -252,13 +252,13 @@ def test_two_processes_at_once_make_one_row_whose_curves_are_not_doubled(home: P
         subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(script), stage], cwd=home, env=env, stderr=subprocess.PIPE
         )
-        for stage in ("knn", "linear")
+        for stage in ("knn", "probe")
     ]
     assert [process.communicate()[1].decode() for process in both] == ["", ""]
     run = the_run(home)
-    assert {"knn/test_top1", "linear/test_top1"} <= set(run.data.metrics)
+    assert {"knn/test_top1", "probe/test_top1"} <= set(run.data.metrics)
     assert witness.curve(home, "loss") == [(step, values["loss"]) for step, values in evidence.curve_points()]
-    assert "| linear" in run.data.tags["mlflow.note.content"] and "| k-NN" in run.data.tags["mlflow.note.content"]
+    assert "| probe" in run.data.tags["mlflow.note.content"] and "| k-NN" in run.data.tags["mlflow.note.content"]
 
 
 # A server that is away

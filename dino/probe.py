@@ -1,4 +1,4 @@
-"""Linear probes on stored features: softmax regressions with many settings, trained at once on the same batches.
+"""Probes on stored features: softmax regressions with many settings, trained at once on the same batches.
 
 Not the paper's protocol, which trains on augmented images: this one sees each image's stored features only. SGD with
 momentum, no weight decay and a cosine schedule are the paper's. Its steps are scaled along the principal axes of the
@@ -142,11 +142,9 @@ def _principal_axes(centred_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 def _check(features_ND: torch.Tensor, settings: Sequence[Setting]) -> None:
     if not len(features_ND):
-        raise ValueError("no labelled images to train a linear probe on; give the training images labels")
+        raise ValueError("no labelled images to train a probe on; give the training images labels")
     if not torch.isfinite(features_ND).all():
-        raise ValueError("features to train a linear probe on are not all finite: has the training diverged?")
+        raise ValueError("features to train a probe on are not all finite: has the training diverged?")
     for setting in settings:
         if not (setting.lr > 0 and setting.damping > 0):
-            raise ValueError(
-                f"linear.lrs holds {setting.lr}, linear.dampings {setting.damping}; choose numbers above 0"
-            )
+            raise ValueError(f"probe.lrs holds {setting.lr}, probe.dampings {setting.damping}; choose numbers above 0")

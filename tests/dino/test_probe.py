@@ -1,4 +1,4 @@
-"""Laws of linear probes: torch's own SGD on whitened features, many settings as one, invariances, divergence."""
+"""Laws of probes: torch's own SGD on whitened features, many settings as one, invariances, divergence."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dino.linear import Probes, Setting, _softmax, train_probes
+from dino.probe import Probes, Setting, _softmax, train_probes
 
 SETTINGS = [Setting(0.03, 1e-3), Setting(1.0, 1e-3), Setting(0.3, 1.0)]
 KWARGS = {"epochs": 4, "batch": 32, "momentum": 0.9, "seed": 5}
@@ -143,7 +143,7 @@ def test_bad_input_is_refused_with_place_and_cure() -> None:
     features, labels = blobs()
     with pytest.raises(ValueError, match="no labelled images"):
         train_probes(features[:0], labels[:0], settings=SETTINGS, **KWARGS)
-    with pytest.raises(ValueError, match=r"linear\.lrs holds 0\.0.*above 0"):
+    with pytest.raises(ValueError, match=r"probe\.lrs holds 0\.0.*above 0"):
         train_probes(features, labels, settings=[Setting(0.0, 1.0)], **KWARGS)
     features[3, 2] = torch.inf
     with pytest.raises(ValueError, match="not all finite"):

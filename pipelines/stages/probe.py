@@ -1,4 +1,4 @@
-"""Linear probes on stored features: settings chosen on val, the chosen one refitted on train + val, tested once."""
+"""Probes on stored features: settings chosen on val, the chosen one refitted on train + val, tested once."""
 
 import math
 from collections.abc import Mapping
@@ -6,14 +6,14 @@ from functools import partial
 from itertools import product
 
 from dino.distributed import World
-from dino.linear import Setting, train_probes
+from dino.probe import Setting, train_probes
 from pipelines.evaluate import Judged, best, evaluate, warn
 from pipelines.labelled import LabelledRows
-from pipelines.params import Linear, Params
+from pipelines.params import Params, Probe
 from pipelines.stage import run_stage
 
 PROTOCOL = (
-    "linear probe on stored features without augmentation (not the paper's protocol): softmax regression by SGD, steps "
+    "probe on stored features without augmentation (not the paper's protocol): softmax regression by SGD, steps "
     "scaled along the features' principal axes; lr and damping chosen on val, refitted on train + val, tested once"
 )
 
@@ -23,36 +23,34 @@ def main(params: Params) -> None:
     with World.start() as world:
 
         def judge(kind: str, rows: Mapping[str, LabelledRows]) -> Judged:
-            return judge_linear(kind, rows, params.linear)
+            return judge_probe(kind, rows, params.probe)
 
-        evaluate("linear", params, world, judge, protocol=PROTOCOL)
+        evaluate("probe", params, world, judge, protocol=PROTOCOL)
 
 
-def judge_linear(kind: str, rows: Mapping[str, LabelledRows], linear: Linear) -> Judged:
+def judge_probe(kind: str, rows: Mapping[str, LabelledRows], asked: Probe) -> Judged:
     """Train all settings on train, choose on val, refit that one on train + val, predict test.
 
     Raises:
         ValueError: every setting diverged.
     """
-    fit = partial(train_probes, epochs=linear.epochs, batch=linear.batch, momentum=linear.momentum, seed=linear.seed)
-    settings = [Setting(lr, damping) for damping, lr in product(linear.dampings, linear.lrs)]
+    fit = partial(train_probes, epochs=asked.epochs, batch=asked.batch, momentum=asked.momentum, seed=asked.seed)
+    settings = [Setting(lr, damping) for damping, lr in product(asked.dampings, asked.lrs)]
     scores = fit(*rows["train"], settings=settings).accuracy(*rows["val"])
     by_setting = dict(zip(settings, scores, strict=True))
     finite = {setting: share for setting, share in by_setting.items() if not math.isnan(share)}
     diverged = [f"lr {s.lr:g} damping {s.damping:g}" for s in settings if s not in finite]
-    warn("linear", [f"{kind}: {setting} diverged, which loses" for setting in diverged])
-    cure = "put smaller ones into linear.lrs"
+    warn("probe", [f"{kind}: {setting} diverged, which loses" for setting in diverged])
+    cure = "put smaller ones into probe.lrs"
     if not finite:
-        raise ValueError(f"linear probes of the {kind} features diverged with every setting; {cure}")
+        raise ValueError(f"probes of the {kind} features diverged with every setting; {cure}")
     setting = best(finite)
     final = fit(*rows["train"].followed_by(rows["val"]), settings=[setting])
     if final.diverged.any():
-        raise ValueError(
-            f"the linear probe of the {kind} features diverged with lr {setting.lr:g} on train + val; {cure}"
-        )
+        raise ValueError(f"the probe of the {kind} features diverged with lr {setting.lr:g} on train + val; {cure}")
     by_lr = {
         f"{lr:g}": max(share for tried, share in finite.items() if tried.lr == lr)
-        for lr in linear.lrs
+        for lr in asked.lrs
         if any(tried.lr == lr for tried in finite)
     }
     return Judged(
@@ -65,4 +63,4 @@ def judge_linear(kind: str, rows: Mapping[str, LabelledRows], linear: Linear) ->
 
 
 if __name__ == "__main__":
-    run_stage("linear", main)
+    run_stage("probe", main)
