@@ -3,18 +3,19 @@
 Legend: B images of the global batch, V views, K prototypes. Shapes of rows follow the ranks: each takes its share.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from dino import draws, health
+from dino import draws
 from dino.augment import multi_crop
 from dino.config import PretrainConfig
+from dino.curve import Curve, StepResult, run_length
 from dino.distributed import World
 from dino.images import ImageBatch, ImageTable
 from dino.loss import dino_loss
@@ -25,13 +26,6 @@ from dino.schedules import cosine, teacher_temperature
 from dino.training_state import TrainingState, capture, restore
 
 MicroBatch = tuple[list[Tensor], list[Tensor | None]]  # crops, and each crop's draws of stochastic depth
-
-CURVE_POINTS = 400  # of a whole run: enough to see everything, few enough to plot
-CURVE_COLUMNS = (
-    *("step", "epoch", "loss", "kl", "teacher_entropy", "batch_entropy", "feature_std", "rank_me", "grad_norm"),
-    *("lr", "weight_decay", "ema_momentum", "teacher_temp"),
-)
-MIN_CURVE_STEPS = 10  # a point each so many steps at least: reading numbers off a device makes it wait
 
 
 class Interrupted(Exception):  # noqa: N818 (no error: asked to stop, state saved)
@@ -65,16 +59,6 @@ def step_settings(config: PretrainConfig, step: int, steps_per_epoch: int) -> St
         ),
         freeze_last_layer=step < config.freeze_last_layer_epochs * steps_per_epoch,
     )
-
-
-@dataclass
-class StepResult:
-    """What a step leaves to look at; tensors on the device, nothing waited for."""
-
-    loss: Tensor
-    center: Tensor
-    gradient_norms: Tensor
-    teacher_out: list[Tensor]  # of each micro-batch
 
 
 def train_step(
@@ -141,13 +125,6 @@ def average_over_ranks(
     return parts[-1].view_as(loss), parts[-2].view_as(center)
 
 
-def run_length(config: PretrainConfig, images: int) -> tuple[int, int, int]:
-    """Steps of an epoch (the remainder of images is dropped), of the run, and between two points of the curve."""
-    steps_per_epoch = images // config.batch
-    total_steps = config.epochs * steps_per_epoch
-    return steps_per_epoch, total_steps, max(MIN_CURVE_STEPS, total_steps // CURVE_POINTS)
-
-
 def drop_path_draws(config: PretrainConfig, depth: int, step: int, batch_rows: Tensor) -> list[Tensor | None]:
     """Draws of stochastic depth of each view, [depth, 2, B]; None where nothing is dropped."""
     if config.drop_path_rate == 0.0:
@@ -177,47 +154,9 @@ def make_micro_batches(
     return micro_batches
 
 
-def refuse_not_finite(values: Mapping[str, float | Tensor], step: int, finite_steps: Tensor) -> None:
-    """Stop a training that computes nothing any more.
-
-    Args:
-        values: Numbers to look at; of a tensor, all of them.
-        step: Steps done.
-        finite_steps: Steps whose loss was finite, of those done.
-
-    Raises:
-        FloatingPointError: A value is NaN or infinite.
-    """
-    totals = {name: float(value.sum()) if isinstance(value, Tensor) else value for name, value in values.items()}
-    if bad := [name for name, total in totals.items() if not math.isfinite(total)]:
-        first = min(step, int(finite_steps) + 1)
-        raise FloatingPointError(f"step {first}: {', '.join(bad[:3])} not finite. {health.DIVERGING.advice}")
-
-
-def curve_point(
-    dino: DINO,
-    result: StepResult,
-    old_center: Tensor,
-    mean_loss: Tensor,
-    micro_batches: Sequence[MicroBatch],
-    settings: StepSettings,
-    world: World,
-) -> dict[str, float]:
-    """Numbers of a step to look at, of the whole batch on every rank; the one place that waits for the device."""
-    with torch.no_grad():
-        features_BD = world.gather_rows(torch.cat([dino.teacher.backbone(crops[0]) for crops, _ in micro_batches]))
-    teacher_out = torch.cat(result.teacher_out)
-    vital = {"loss": mean_loss, "grad_norm": result.gradient_norms.norm()}
-    vital |= health.measure(teacher_out, old_center, settings.teacher_temp, features_BD, world.mean)
-    vital["kl"] = result.loss - vital["teacher_entropy"]
-    values = torch.stack([value.double() for value in vital.values()]).tolist()
-    return {
-        **dict(zip(vital, values, strict=True)),
-        "lr": settings.lr,
-        "weight_decay": settings.weight_decay,
-        "ema_momentum": settings.ema_momentum,
-        "teacher_temp": settings.teacher_temp,
-    }
+def first_features(dino: DINO, micro_batches: Sequence[MicroBatch]) -> Tensor:
+    """The teacher's features [B, D] of the first global crop of this rank's images."""
+    return torch.cat([dino.teacher.backbone(crops[0]) for crops, _ in micro_batches])
 
 
 @contextmanager
@@ -279,16 +218,16 @@ def pretrain(
         Interrupted: should_stop said so.
     """
     check_fits(config, len(table), world)
-    steps_per_epoch, total_steps, point_steps = run_length(config, len(table))
+    steps_per_epoch, total_steps = run_length(config, len(table))
     dino = build_dino(config, table.channels).to(world.device)
     depth = len(dino.student.backbone.blocks)  # type: ignore[arg-type]
     optimizer = build_optimizer(dino.student)
-    step, curve = 0, []
+    step, points = 0, []
     center, loss_sum = torch.zeros(1, config.out_dim, device=world.device), torch.zeros((), device=world.device)
     if state is not None:
-        step, curve = state.step, list(state.curve)
+        step, points = state.step, state.curve
         center, loss_sum = restore(state, dino, optimizer)
-    finite_steps = torch.tensor(step, device=world.device)  # counted there: looking at each loss would mean waiting
+    curve = Curve(config, len(table), points, step, loss_sum)
     if config.compile:
         dino.student.compile()
         dino.teacher.compile()
@@ -308,25 +247,16 @@ def pretrain(
             settings = step_settings(config, step, steps_per_epoch)
             batches = make_micro_batches(config, depth, step, images, batch_rows, table, world.device)
             result = train_step(dino, optimizer, center, batches, settings, config, world, precision)
-            old_center, center = center, result.center
-            loss_sum = loss_sum + result.loss
-            finite_steps = finite_steps + loss_sum.isfinite()
             step += 1
-            point: dict[str, float] = {}
-            if step % point_steps == 0 or step == total_steps:
-                mean_loss = loss_sum / ((step - 1) % point_steps + 1)
-                point = {"step": step, "epoch": step / steps_per_epoch}
-                point |= curve_point(dino, result, old_center, mean_loss, batches, settings, world)
-                refuse_not_finite(point, step, finite_steps)
-                loss_sum = torch.zeros_like(loss_sum)
-                curve.append(point)
+            point = curve.add(step, result, center, vars(settings), partial(first_features, dino, batches), world)
+            center = result.center
             report(step, point)
             stop, keep = world.any(should_stop(), should_save())
             if stop or keep:
-                kept = capture(step, curve, dino, optimizer, center, loss_sum)
-                refuse_not_finite(kept.tensors, step, finite_steps)
+                kept = capture(step, curve.points, dino, optimizer, center, curve.loss_sum)
+                curve.refuse_not_finite(kept.tensors, step)
                 save(kept)
                 world.barrier()  # a rank that ends makes torchrun end the others, which may still write
             if stop:
                 raise Interrupted(f"stopped after step {step} of {total_steps}")
-    return capture(step, curve, dino, optimizer, center, loss_sum)
+    return capture(step, curve.points, dino, optimizer, center, curve.loss_sum)

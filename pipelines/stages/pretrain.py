@@ -11,6 +11,7 @@ from dataclasses import asdict
 
 from dino.checkpoint import BACKBONE_FORMAT, save_tensors
 from dino.config import PretrainConfig
+from dino.curve import CURVE_COLUMNS, run_length
 from dino.distributed import World
 from dino.files import whole_file
 from dino.fingerprint import intent_key
@@ -18,7 +19,7 @@ from dino.health import Diagnosis, diagnose
 from dino.images import ImageTable
 from dino.networks import backbone_arch
 from dino.precision import NAMES, resolve_precision
-from dino.pretrain import CURVE_COLUMNS, Interrupted, pretrain, run_length
+from dino.pretrain import Interrupted, pretrain
 from dino.training_state import TrainingState, save_state
 from pipelines import paths, tracking
 from pipelines.crop_sheet import crop_sheet
@@ -108,7 +109,7 @@ def train(
     state = resumable.load()
     if world.is_main:
         world.barrier()
-    _, total_steps, _ = run_length(config, len(table))
+    _, total_steps = run_length(config, len(table))
     first = state.step if state else 0
     images = (total_steps - first) * config.batch
     if world.is_main:
@@ -171,7 +172,7 @@ def write_results(
     write_curve(final.curve)
     crop_sheet(table, config, paths.CROPS_PICTURE)
     health = diagnose_run(config, final, table)
-    steps_per_epoch, total_steps, _ = run_length(config, len(table))
+    steps_per_epoch, total_steps = run_length(config, len(table))
     last_epoch = [point for point in final.curve if point["step"] > total_steps - steps_per_epoch]
     last = final.curve[-1]
     tracking.write_metrics(

@@ -14,18 +14,16 @@ from two_ranks import CONFIG, FEW_STEPS, STOP_AFTER, compute
 
 from dino import draws
 from dino.config import PretrainConfig
+from dino.curve import CURVE_COLUMNS
 from dino.distributed import World
 from dino.images import ImageTable
 from dino.networks import build_dino
 from dino.optimizer import build_optimizer
 from dino.pretrain import (
-    CURVE_COLUMNS,
-    MIN_CURVE_STEPS,
     Interrupted,
     make_micro_batches,
     pretrain,
     repeatable,
-    run_length,
     step_settings,
     train_step,
 )
@@ -85,15 +83,13 @@ def assert_same_bits(found: TrainingState, expected: TrainingState) -> None:
 
 
 def test_the_tiny_training_has_everything_on(uninterrupted: TrainingState) -> None:
-    assert run_length(CONFIG, IMAGES) == (STEPS_PER_EPOCH, STEPS, MIN_CURVE_STEPS)
-    assert STEPS_PER_EPOCH < MIN_CURVE_STEPS < STEPS  # points within an epoch and at the end
     for name in ("drop_path_rate", "flip", "jitter_p", "brightness", "contrast", "saturation", "hue", "grayscale_p"):
         assert getattr(CONFIG, name) > 0
     assert all(CONFIG.blur_p) and CONFIG.solarize_p[1] > 0 and CONFIG.local_crops > 0
-    assert [point["step"] for point in uninterrupted.curve] == [MIN_CURVE_STEPS, STEPS]
+    assert [point["step"] for point in uninterrupted.curve] == [STEPS_PER_EPOCH, STEPS]
 
 
-@pytest.mark.parametrize("step", [1, 3, STEPS_PER_EPOCH, MIN_CURVE_STEPS, STEPS - 2, STEPS])
+@pytest.mark.parametrize("step", [1, 3, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 3, STEPS - 2, STEPS])
 def test_a_resumed_run_is_the_uninterrupted_run(
     step: int, table: ImageTable, uninterrupted: TrainingState, tmp_path: Path
 ) -> None:
@@ -177,14 +173,15 @@ def test_the_curve_shows_the_mean_loss_since_the_point_before(table: ImageTable,
         save=lambda state: sums.append(float(state.tensors["loss_sum"])),
         should_save=lambda: True,
     )
-    first, last = uninterrupted.curve
-    missing = first["loss"] * MIN_CURVE_STEPS - sums[MIN_CURVE_STEPS - 2]  # the loss of the point's own step
-    assert missing == pytest.approx(first["kl"] + first["teacher_entropy"], rel=1e-4)
-    losses = torch.tensor(sums[MIN_CURVE_STEPS:-1]).diff(prepend=torch.zeros(1))
-    assert len(losses) == STEPS - MIN_CURVE_STEPS - 1 and (losses > 0).all()
-    assert sums[MIN_CURVE_STEPS - 1] == sums[-1] == 0.0
-    missing = last["loss"] * (STEPS - MIN_CURVE_STEPS) - sums[-2]
-    assert missing == pytest.approx(last["kl"] + last["teacher_entropy"], rel=1e-4)
+    before = 0
+    for point in uninterrupted.curve:
+        step = int(point["step"])
+        assert sums[step - 1] == 0.0
+        losses = torch.tensor(sums[before : step - 1]).diff(prepend=torch.zeros(1))
+        assert len(losses) == STEPS_PER_EPOCH - 1 and (losses > 0).all()
+        missing = point["loss"] * STEPS_PER_EPOCH - sums[step - 2]  # the loss of the point's own step
+        assert missing == pytest.approx(point["kl"] + point["teacher_entropy"], rel=1e-4)
+        before = step
 
 
 @pytest.mark.parametrize("micro_batches", [2, 4])
@@ -214,7 +211,7 @@ def test_a_loss_that_is_not_finite_names_its_own_step(table: ImageTable) -> None
     saved: list[TrainingState] = []
     state = poisoned(stopped_after(3, table))
     with pytest.raises(FloatingPointError, match=r"^step 4: .*loss.* not finite\. .*pretrain\.lr_at_256"):
-        pretrain(CONFIG, table, world=ALONE, precision=FP32, state=state)  # noticed at the point after step 10
+        pretrain(CONFIG, table, world=ALONE, precision=FP32, state=state)  # noticed at the epoch's end
     with pytest.raises(FloatingPointError, match=r"^step 4: .*"):
         pretrain(CONFIG, table, world=ALONE, precision=FP32, state=state, save=saved.append, should_stop=lambda: True)
     assert saved == []
