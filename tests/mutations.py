@@ -18,6 +18,7 @@ class Mutation(NamedTuple):
 
 
 STEP = "dino/pretrain.py"
+CURVE = "dino/curve.py"
 LOSS = "dino/loss.py"
 VIT = "dino/vision_transformer.py"
 HEAD = "dino/head.py"
@@ -162,7 +163,7 @@ MUTATIONS = [
     Mutation("schedules", "learning rate not scaled by the batch", "dino/config.py",
              "return self.lr_at_256 * self.batch / 256", "return self.lr_at_256",
              "test_config.py::test_the_peak_of_the_learning_rate_scales_with_the_batch"),
-    Mutation("schedules", "the remainder of the images counts as a step", STEP,
+    Mutation("schedules", "the remainder of the images counts as a step", CURVE,
              "steps_per_epoch = images // config.batch", "steps_per_epoch = -(-images // config.batch)",
              "test_trajectory.py::test_the_remainder_of_the_images_is_dropped"),
     Mutation("schedules", "fewer images than a batch pass", STEP, "if images < config.batch:", "if False:",
