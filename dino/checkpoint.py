@@ -30,7 +30,7 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], facts: dict[str, 
     """Write tensors and facts; the same content gives the same bytes, and the file appears whole or not at all."""
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps({**facts, "crc32": _checksum(content, facts)}, sort_keys=True, allow_nan=False)
-    with whole_file(path) as aside:
+    with whole_file(path, sum(tensor.nbytes for tensor in content.values()) + len(text)) as aside:
         save_file(content, aside, metadata={FACTS: text})
 
 

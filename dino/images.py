@@ -45,12 +45,14 @@ def write_image_table(
     channels: int,
     mean: Sequence[float],
     std: Sequence[float],
+    needs_bytes: int = 0,
 ) -> None:
     """Write (id, encoded image) rows, which come sorted by id; the file appears whole or not at all.
 
     Args:
         channels: 1 or 3, to which images are decoded.
         mean, std: [C] of the training split's pixels in 0..1; the same in the tables of all splits.
+        needs_bytes: of all encoded images together, if known: said when the disk has no room for them.
     """
     assert channels in (1, 3) and len(mean) == len(std) == channels
     facts = {"channels": channels, "mean": list(map(float, mean)), "std": list(map(float, std))}
@@ -59,7 +61,7 @@ def write_image_table(
         metadata={"huggingface": json.dumps({"info": {"features": FEATURES}}), "dino": json.dumps(facts)},
     )
     with (
-        whole_file(path) as aside,
+        whole_file(path, needs_bytes) as aside,
         pa.OSFile(str(aside), "wb") as sink,
         pa.ipc.new_stream(sink, schema) as writer,
     ):

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from pipelines import paths, scores
 from pipelines.scores import KINDS, Evaluation
+from pipelines.seconds import read_seconds
 
 NARROW = 60  # columns; below, a score takes a line of its own
 PAGE = paths.REPORT / "index.html"
@@ -82,12 +83,6 @@ def seconds_table(names: Sequence[str], seconds: Mapping[str, float]) -> Table:
 def stages() -> list[str]:
     """Stages in dvc.yaml's order, by their commands: all of them run `python -m pipelines.stages.NAME`."""
     return re.findall(r"^ *cmd: python -m pipelines\.stages\.(\w+)$", paths.PIPELINE.read_text(), re.MULTILINE)
-
-
-def read_seconds() -> dict[str, float]:
-    """Seconds of each stage's last real execution on this machine; a stage that the cache brought back has none."""
-    path = paths.work_dir() / "seconds.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 if __name__ == "__main__":

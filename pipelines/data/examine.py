@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import IO, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -36,6 +36,7 @@ class Facts(NamedTuple):
     sums: list[int]  # of the pixel values, per channel: one of a grey image, three of a colour image
     squares: list[int]  # of their squares
     brightest: int
+    stored_bytes: int
     shrunk: bytes | None  # new bytes, if it was too large
 
 
@@ -59,6 +60,7 @@ def look(data: bytes, max_short_px: int) -> Facts:
         sums,
         squares,
         int(np.flatnonzero(histogram_C256.sum(axis=0))[-1]),
+        len(shrunk or data),
         shrunk,
     )
 
@@ -85,17 +87,19 @@ class Examined:
         ids: content id of each row.
         grey_N: bool.
         sizes_N2: int64, height and width as stored.
+        stored_bytes_N: int64, of the encoded image as stored.
         brightest: largest pixel value of all.
         shrunk: how many images were.
     """
 
-    def __init__(self, images: ImageSet, spool: IO[bytes]):
+    def __init__(self, images: ImageSet, spool: io.FileIO):
         count = len(images.entries)
         self.images = images
         self.broken: dict[int, str] = {}
         self.ids = [""] * count
         self.grey_N = np.zeros(count, dtype=bool)
         self.sizes_N2 = np.zeros((count, 2), dtype=np.int64)
+        self.stored_bytes_N = np.zeros(count, dtype=np.int64)
         self.brightest = 0
         self._sums_N3 = np.zeros((count, 3), dtype=np.int64)
         self._squares_N3 = np.zeros((count, 3), dtype=np.int64)
@@ -112,12 +116,15 @@ class Examined:
         self.ids[row] = facts.id
         self.grey_N[row] = facts.grey
         self.sizes_N2[row] = facts.height, facts.width
+        self.stored_bytes_N[row] = facts.stored_bytes
         self._sums_N3[row] = facts.sums  # a grey image's one goes into all three
         self._squares_N3[row] = facts.squares
         self.brightest = max(self.brightest, facts.brightest)
         if facts.shrunk is not None:
             self._spooled[row] = self._spool.tell(), len(facts.shrunk)
-            self._spool.write(facts.shrunk)
+            unwritten = memoryview(facts.shrunk)
+            while unwritten:
+                unwritten = unwritten[self._spool.write(unwritten) :]
 
     def read(self, row: int) -> bytes:
         """Bytes of an image as the table stores them.
@@ -127,7 +134,6 @@ class Examined:
         """
         if row in self._spooled:
             offset, length = self._spooled[row]
-            self._spool.flush()
             return os.pread(self._spool.fileno(), length, offset)
         data = self.images.read(row)
         if content_id(data) != self.ids[row]:
@@ -146,13 +152,13 @@ class Examined:
         return mean, std
 
 
-def examine(images: ImageSet, *, max_short_px: int, spool: IO[bytes], advance: Callable[[int], None]) -> Examined:
+def examine(images: ImageSet, *, max_short_px: int, spool: io.FileIO, advance: Callable[[int], None]) -> Examined:
     """Read every image of the set, in threads where images are large.
 
     Args:
         images: the set.
         max_short_px: images with a larger short side are shrunk to it.
-        spool: an empty file, open for writing and reading, for the bytes of shrunk images.
+        spool: an empty file, open for writing and reading without a buffer, for the bytes of shrunk images.
         advance: called with the number of further images that were read.
     """
 

@@ -1,13 +1,16 @@
 """Images checked and written as one Arrow table a split; labels, apart; counts as metrics; a sheet to look at."""
 
+import io
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dino.files import whole_file
+from dino.files import lacks_room, no_room, whole_file
 from dino.images import write_image_table
 from pipelines import paths
 from pipelines.data.datasets import NAMED, set_name
@@ -60,8 +63,7 @@ def prepare(folder: Path, *, val_fraction: float, test_fraction: float, max_shor
     name = set_name(folder)
     images = NAMED[name](folder) if name else read_folder(folder)
     say(f"{len(images.entries):,} images in {folder}: {images.layout}")
-    paths.TRAIN_IMAGES.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=paths.TRAIN_IMAGES.parent) as spool:  # nameless, so it can't be left behind
+    with spool_for(paths.TRAIN_IMAGES) as spool:
         with progress("prepare: read", len(images.entries)) as advance:
             examined = examine(images, max_short_px=max_short_px, spool=spool, advance=advance)
         warn([*broken_warnings(examined, folder), *brightness_warnings(examined)])
@@ -86,13 +88,34 @@ def prepare(folder: Path, *, val_fraction: float, test_fraction: float, max_shor
         with progress("prepare: write", len(entries)) as advance:
             for split, rows in tables.items():
                 stored = read_rows(examined, rows, advance)
-                write_image_table(paths.IMAGES[split], stored, channels=channels, mean=mean, std=std)
+                size = int(examined.stored_bytes_N[[row.entry for row in rows]].sum())
+                path = paths.IMAGES[split]
+                write_image_table(path, stored, channels=channels, mean=mean, std=std, needs_bytes=size)
         with whole_file(paths.SAMPLES_PICTURE) as aside:
             aside.write_bytes(sheet(tables, images, examined))
     write_labels(paths.LABELS, [row for rows in tables.values() for row in rows])
     facts = data_metrics(tables, images, examined, duplicates)
     write_metrics(paths.DATA_METRICS, facts | {"channels": channels, "mean": mean, "std": std})
     say(f"{', '.join(f'{len(rows):,} {split}' for split, rows in tables.items())}, {channels} channel(s)")
+
+
+@contextmanager
+def spool_for(path: Path) -> Iterator[io.FileIO]:
+    """A file without a name (it can't be left behind) beside `path`, for images on their way there.
+
+    Raises:
+        OSError: the disk is full; the message says what was needed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent, buffering=0) as spool:
+        try:
+            yield spool
+        except OSError as error:
+            if not lacks_room(error):
+                raise
+            needs_bytes = os.fstat(spool.fileno()).st_size
+            os.ftruncate(spool.fileno(), 0)
+            raise OSError(no_room(path, needs_bytes)) from error
 
 
 def without_duplicates(images: ImageSet, examined: Examined) -> tuple[list[int], list[str], dict[str, int]]:

@@ -38,7 +38,7 @@ def look_at_all() -> Iterator[Look]:
     with contextlib.ExitStack() as files:
 
         def look_at_all(data: list[bytes], max_short_px: int = 512) -> Examined:
-            spool = files.enter_context(tempfile.TemporaryFile())
+            spool = files.enter_context(tempfile.TemporaryFile(buffering=0))
             return examine(image_set(data), max_short_px=max_short_px, spool=spool, advance=lambda more: None)
 
         yield look_at_all
