@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import warnings
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +20,7 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL import Image
 
+MAX_PIXELS = 80_000_000  # of an image, unless the caller says otherwise: what is larger is refused by its header
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 GREY_16_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 THREADS_FROM_BYTES = 8192  # mean encoded size from which on decoding is long enough to pay for threads
@@ -33,28 +36,51 @@ _MAGIC = {
 }
 
 
-def open_image(data: bytes) -> Image.Image:
+@cache
+def _silence_pillow() -> None:
+    """It warns of images beyond half its limit; ours is chosen by the user and enforced at every door."""
+    from PIL import Image
+
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read an encoded image: upright by its EXIF orientation, 8 bits, no alpha; mode "L" if grey, else "RGB".
 
     Transparency is laid on white. 16-bit grey is scaled to 8 bits over its full range, float grey (0..1)
     likewise. Of an animation, the first frame.
 
+    Args:
+        data: the file's content.
+        max_pixels: more are refused before they are decoded: a file of some kilobytes can claim gigabytes.
+
     Raises:
-        ValueError: it is not an image, is truncated, or holds values that have no 8-bit meaning.
+        ValueError: it is not an image, is truncated, too large, or holds values that have no 8-bit meaning.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError  # here: importing dino needs no decoder
 
+    _silence_pillow()
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise _TooLargeError(f"{image.width:,} x {image.height:,} pixels")
             image.load()
             upright = image if image.getexif().get(ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)
             return _eight_bits(upright)
     except MemoryError:
         raise
+    except (_TooLargeError, Image.DecompressionBombError, Image.DecompressionBombWarning) as problem:
+        raise ValueError(
+            f"{problem}: more than data.max_pixels ({max_pixels:,}); raise that if it is no attack, or leave it out"
+        ) from None
     except UnidentifiedImageError:
         raise ValueError("not an image (known are PNG, JPEG, WEBP, BMP, TIFF, GIF)") from None
     except Exception as problem:  # damaged files raise OSError, SyntaxError, struct.error ... in Pillow
         raise ValueError(f"not readable as an image: {problem}") from problem
+
+
+class _TooLargeError(Exception):
+    """More pixels than allowed."""
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -92,13 +118,13 @@ def _on_white(image: Image.Image, grey: bool) -> Image.Image:
     return Image.alpha_composite(page, rgba).convert("L" if grey else "RGB")
 
 
-def decode_image(data: bytes, channels: int) -> np.ndarray:
+def decode_image(data: bytes, channels: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode one image to uint8 [C, H, W]; `channels` 1 (luma) or 3 (RGB; grey is repeated).
 
     Raises:
         ValueError: as `open_image`.
     """
-    image = open_image(data)
+    image = open_image(data, max_pixels)
     pixels = np.asarray(image if image.mode == _MODES[channels] else image.convert(_MODES[channels]))
     return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 

@@ -8,26 +8,31 @@ Legend: B images of a batch, N of the table, C channels (1 grey, 3 RGB), H heigh
 
 import hashlib
 import json
+import math
 import os
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from dino.decode import THREADS_FROM_BYTES, decode_image, extension
+from dino.decode import MAX_PIXELS, THREADS_FROM_BYTES, decode_image, extension
 from dino.files import whole_file
 
 BATCH_ROWS = 1024  # of an Arrow record batch ...
 BATCH_BYTES = 64 << 20  # ... which ends earlier at this size, so that memory stays bounded
 CACHE_BYTES = 1 << 30  # tables of one image size, smaller than this when decoded, are decoded once
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+FACTS = ("channels", "mean", "std", "max_pixels")
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # Arrow's own
+NO_TABLE = (pa.ArrowException, OSError, KeyError, ValueError, TypeError, RecursionError)
 FEATURES = {"id": {"dtype": "string", "_type": "Value"}, "image": {"_type": "Image"}}
 
 
@@ -45,6 +50,7 @@ def write_image_table(
     channels: int,
     mean: Sequence[float],
     std: Sequence[float],
+    max_pixels: int = MAX_PIXELS,
     needs_bytes: int = 0,
 ) -> None:
     """Write (id, encoded image) rows, which come sorted by id; the file appears whole or not at all.
@@ -52,10 +58,12 @@ def write_image_table(
     Args:
         channels: 1 or 3, to which images are decoded.
         mean, std: [C] of the training split's pixels in 0..1; the same in the tables of all splits.
+        max_pixels: of an image; whoever decodes the table refuses larger ones.
         needs_bytes: of all encoded images together, if known: said when the disk has no room for them.
     """
     assert channels in (1, 3) and len(mean) == len(std) == channels
     facts = {"channels": channels, "mean": list(map(float, mean)), "std": list(map(float, std))}
+    facts |= {"max_pixels": max_pixels}
     schema = pa.schema(
         [("id", pa.string()), ("image", IMAGE_TYPE)],
         metadata={"huggingface": json.dumps({"info": {"features": FEATURES}}), "dino": json.dumps(facts)},
@@ -97,27 +105,29 @@ class ImageTable:
         ids: id of each row, sorted.
         channels: 1 (grey) or 3 (RGB), to which images are decoded.
         mean, std: [C] floats of the training split's pixels in 0..1.
+        max_pixels: of an image; larger ones are refused undecoded.
 
     Raises:
-        ValueError: there is no such file, or it is no table that `write_image_table` wrote.
+        ValueError: there is no such file, or it is no whole table that `write_image_table` wrote.
     """
 
     ids: list[str]
     channels: int
     mean: list[float]
     std: list[float]
+    max_pixels: int
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_file():
             raise ValueError(f"no image table at {self.path}; prepare the data first")
         try:
-            with pa.ipc.open_stream(pa.memory_map(str(self.path))) as reader:
-                facts = json.loads((reader.schema.metadata or {})[b"dino"])
-                table = reader.read_all()
-            self.channels, self.mean, self.std = facts["channels"], facts["mean"], facts["std"]
-        except (pa.ArrowException, OSError, KeyError, ValueError) as problem:
-            raise ValueError(f"{self.path} is no image table ({problem!r}); prepare the data again") from problem
+            table, facts = _read_table(self.path)
+        except NO_TABLE as problem:
+            raise ValueError(
+                f"{self.path} is no image table, or a damaged one ({problem!r}); prepare the data again"
+            ) from problem
+        self.channels, self.mean, self.std, self.max_pixels = (facts[name] for name in FACTS)
         self.ids = table.column("id").to_pylist()
         self._chunks = [chunk.field("bytes") for chunk in table.column("image").chunks]
         self._ends = np.cumsum([len(chunk) for chunk in self._chunks]).tolist()
@@ -167,9 +177,41 @@ class ImageTable:
 
     def _decode_row(self, row: int) -> np.ndarray:
         try:
-            return decode_image(self.encoded(row), self.channels)
+            return decode_image(self.encoded(row), self.channels, self.max_pixels)
         except ValueError as problem:
             raise ValueError(f"{self.path}: image {self.ids[row]}: {problem}; prepare the data again") from problem
+
+
+def _read_table(path: Path) -> tuple[pa.Table, dict[str, Any]]:
+    """The table, memory-mapped, and its facts, both as `write_image_table` wrote them; else an error of NO_TABLE."""
+    with path.open("rb") as file:
+        file.seek(-len(END_OF_STREAM), os.SEEK_END)
+        if file.read() != END_OF_STREAM:  # Arrow takes a stream that is cut between two batches for a shorter one
+            raise ValueError("its end is missing")
+    with pa.ipc.open_stream(pa.memory_map(str(path))) as reader:
+        facts = json.loads((reader.schema.metadata or {})[b"dino"])
+        table = reader.read_all()
+    columns = {field.name: field.type for field in table.schema}
+    if columns != {"id": pa.string(), "image": IMAGE_TYPE}:
+        raise ValueError(f"its columns are {columns}")
+    table.validate(full=True)
+    ids, images = (table.column(name) for name in ("id", "image"))
+    if ids.null_count or images.null_count or any(chunk.field("bytes").null_count for chunk in images.chunks):
+        raise ValueError("an image or its id is missing")
+    if not all(one < next_one for one, next_one in pairwise(ids.to_pylist())):
+        raise ValueError("its rows are not sorted, or an id stands there twice")
+    channels, mean, std, max_pixels = (facts[name] for name in FACTS)
+    numbers = [*mean, *std]
+    if not (
+        (type(channels), type(max_pixels)) == (int, int)
+        and channels in (1, 3)
+        and max_pixels > 0
+        and len(mean) == len(std) == channels
+        and all(isinstance(number, float) and math.isfinite(number) for number in numbers)
+        and min(std) > 0
+    ):
+        raise ValueError(f"its facts are {facts}")
+    return table, facts
 
 
 def pad(images: Sequence[np.ndarray]) -> ImageBatch:

@@ -20,6 +20,8 @@ from pipelines import paths
 STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+MAX_BYTES = 1_000_000  # of params.yaml; the repository's own has some thousand
+PILLOWS_MAX_PIXELS = 178_956_970  # beyond it Pillow itself refuses an image
 
 
 class Section(BaseModel):
@@ -35,6 +37,8 @@ class Data(Section):
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
     test_fraction: Annotated[float, Field(gt=0, lt=1)]
     max_short_px: Count
+    max_pixels: Annotated[int, Field(ge=1, le=PILLOWS_MAX_PIXELS)]
+    max_aspect: Annotated[float, Field(ge=1)]
     seed: Annotated[int, Field(ge=0)]
 
 
@@ -124,8 +128,20 @@ class Params(Section):
     runtime: Runtime
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML's safe loader, which also refuses a key written twice."""
+class _PlainLoader(yaml.SafeLoader):
+    """YAML's safe loader, which also refuses a key written twice, and anchors of more than one value.
+
+    Nine lines of anchors upon anchors can stand for a billion values.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Build the next node."""
+        alias = self.peek_event() if self.check_event(yaml.AliasEvent) else None
+        node: yaml.Node | None = super().compose_node(parent, index)
+        if alias is not None and not isinstance(node, yaml.ScalarNode):
+            problem = f"*{alias.anchor} stands for a list or a section; write it out"
+            raise yaml.composer.ComposerError(None, None, problem, alias.start_mark)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping."""
@@ -149,8 +165,10 @@ def load(path: Path = paths.PARAMS) -> Params:
     """
     if not path.is_file():
         raise ValueError(f"no {path} in {Path.cwd()}; run from the repository's root")
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes: no file of settings; restore it with `git checkout {path}`")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        content = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as YAML: {_yaml_problem(error)}") from error
     if not isinstance(content, dict):

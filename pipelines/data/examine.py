@@ -26,6 +26,20 @@ LOSSY = (".jpg", ".webp")  # these are shrunk to JPEG; others stay lossless, as 
 LEVELS_AND_SQUARES = np.stack([np.arange(256), np.arange(256) ** 2], axis=1)  # int64 [256, 2]
 
 
+class Limits(NamedTuple):
+    """What images may be.
+
+    Attributes:
+        short_px: images with a larger short side are shrunk to it.
+        pixels: images with more are left out, undecoded.
+        aspect: so are images whose long side is more than so many times the short one.
+    """
+
+    short_px: int
+    pixels: int
+    aspect: float
+
+
 class Facts(NamedTuple):
     """What one look at an image tells."""
 
@@ -40,15 +54,20 @@ class Facts(NamedTuple):
     shrunk: bytes | None  # new bytes, if it was too large
 
 
-def look(data: bytes, max_short_px: int) -> Facts:
-    """Decode an image, shrink it if its short side is larger than `max_short_px`, and take its facts.
+def look(data: bytes, limits: Limits) -> Facts:
+    """Decode an image, shrink it if its short side is too large, and take its facts.
 
     Raises:
-        ValueError: it is no image, or damaged.
+        ValueError: it is no image, damaged, too large or too long.
     """
-    image, shrunk = open_image(data), None
-    if min(image.size) > max_short_px:
-        shrunk = shrink(image, max_short_px, lossy=extension(data) in LOSSY)
+    image, shrunk = open_image(data, limits.pixels), None
+    if max(image.size) > limits.aspect * min(image.size):
+        raise ValueError(
+            f"{image.width:,} x {image.height:,} pixels: longer than data.max_aspect ({limits.aspect:g}) times its "
+            "short side; cut it, or raise that"
+        )
+    if min(image.size) > limits.short_px:
+        shrunk = shrink(image, limits.short_px, lossy=extension(data) in LOSSY)
         image = open_image(shrunk)
     histogram_C256 = np.array(image.histogram(), dtype=np.int64).reshape(-1, 256)
     sums, squares = (histogram_C256 @ LEVELS_AND_SQUARES).T.tolist()
@@ -152,18 +171,18 @@ class Examined:
         return mean, std
 
 
-def examine(images: ImageSet, *, max_short_px: int, spool: io.FileIO, advance: Callable[[int], None]) -> Examined:
+def examine(images: ImageSet, *, limits: Limits, spool: io.FileIO, advance: Callable[[int], None]) -> Examined:
     """Read every image of the set, in threads where images are large.
 
     Args:
         images: the set.
-        max_short_px: images with a larger short side are shrunk to it.
+        limits: what images may be.
         spool: an empty file, open for writing and reading without a buffer, for the bytes of shrunk images.
         advance: called with the number of further images that were read.
     """
 
     def look_at(rows: range) -> list[Facts | str]:
-        return [_look_or_reason(images, row, max_short_px) for row in rows]
+        return [_look_or_reason(images, row, limits) for row in rows]
 
     examined = Examined(images, spool)
     chunks = (
@@ -180,9 +199,9 @@ def examine(images: ImageSet, *, max_short_px: int, spool: io.FileIO, advance: C
     return examined
 
 
-def _look_or_reason(images: ImageSet, row: int, max_short_px: int) -> Facts | str:
+def _look_or_reason(images: ImageSet, row: int, limits: Limits) -> Facts | str:
     try:
-        return look(images.read(row), max_short_px)
+        return look(images.read(row), limits)
     except (ValueError, OSError) as problem:  # OSError: a file that may not be read, or is gone
         return str(problem)
 
@@ -194,7 +213,7 @@ def _threads(images: ImageSet) -> int:
     for row in range(0, len(images.entries), step):
         try:
             sizes.append(len(images.read(row)))
-        except OSError:
+        except (OSError, ValueError):
             continue
     return min(os.cpu_count() or 1, 16) if sizes and np.mean(sizes) >= THREADS_FROM_BYTES else 1
 

@@ -109,7 +109,7 @@ def brightness_warnings(examined: Examined) -> list[str]:
     ]
 
 
-def sheet(tables: Tables, images: ImageSet, examined: Examined) -> bytes:
+def sheet(tables: Tables, images: ImageSet, examined: Examined, max_pixels: int) -> bytes:
     """Training images as a PNG picture, a row a class."""
     rows: list[tuple[str, list[Row]]]
     train = tables["train"]
@@ -118,4 +118,6 @@ def sheet(tables: Tables, images: ImageSet, examined: Examined) -> bytes:
     else:
         rows = [(name, [row for row in train if row.name == name][:SHEET_COLUMNS]) for name in images.classes]
     shown = [(name, members) for name, members in rows[:SHEET_ROWS] if members]
-    return sample_sheet([(name, [open_image(examined.read(row.entry)) for row in members]) for name, members in shown])
+    return sample_sheet(
+        [(name, [open_image(examined.read(row.entry), max_pixels) for row in members]) for name, members in shown]
+    )

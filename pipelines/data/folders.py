@@ -7,16 +7,19 @@ folder/train/..., folder/test/..., folder/val/... any of these in each; val/ and
 """
 
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from dino.decode import extension
+from dino.files import in_bytes
 from pipelines.data.imageset import SPLITS, Entry, ImageSet
 
 IMAGE_SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif"])
 SPLIT_NAMES = {"training": "train", "valid": "val", "validation": "val"} | {name: name for name in SPLITS}
 NEVER_IMAGES = frozenset(("thumbs.db", "desktop.ini", "__macosx"))  # beside hidden files, which begin with a dot
 HEAD_BYTES = 16
+MAX_FILE_BYTES = 1 << 30  # of an image file; 80 million pixels of four channels and 16 bits take 640 MB
 
 
 def read_folder(folder: Path) -> ImageSet:
@@ -26,6 +29,7 @@ def read_folder(folder: Path) -> ImageSet:
 
     Raises:
         ValueError: the folder is missing, is a file, holds no images, or mixes split folders with others.
+        OSError: a folder in it can't be read.
     """
     if not folder.exists():
         raise ValueError(
@@ -51,7 +55,7 @@ def read_folder(folder: Path) -> ImageSet:
     return ImageSet(
         entries,
         [_printable(name) for name in names] or None,
-        read=lambda index: (folder / images[index]).read_bytes(),
+        read=lambda index: _read(folder / images[index]),
         official=False,
         layout=_layout(splits, classes),
         other_files=len(files) - len(images),
@@ -62,7 +66,7 @@ def _files(folder: Path) -> list[PurePosixPath]:
     """All files below, relative, in an order that does not depend on the disk; links to folders are followed."""
     found: list[PurePosixPath] = []
     seen = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
         real = os.path.realpath(place)
         if real in seen:  # a link to a folder above
             folders.clear()
@@ -74,6 +78,25 @@ def _files(folder: Path) -> list[PurePosixPath]:
     return sorted(found)
 
 
+def _refuse(error: OSError) -> None:
+    """A folder that can't be read is no empty folder: its class would be missing without a word."""
+    raise error
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        ValueError: it is a pipe, a socket or a device, whose reading may never end, or larger than any image.
+    """
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError("a pipe, socket or device, not a file")
+    if about.st_size > MAX_FILE_BYTES:
+        raise ValueError(f"{in_bytes(about.st_size)}, which is no image")
+    return path.read_bytes()
+
+
 def _counts(name: str) -> bool:
     return not name.startswith(".") and name.lower() not in NEVER_IMAGES
 
@@ -82,6 +105,8 @@ def _maybe_image(path: Path) -> bool:
     """By its suffix (then it is checked, and reported when it is broken) or its first bytes."""
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return True
+    if not path.is_file():  # opening a pipe would wait for its writer
+        return False
     try:
         with path.open("rb") as file:
             return extension(file.read(HEAD_BYTES)) != ""

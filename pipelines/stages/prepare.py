@@ -14,7 +14,7 @@ from dino.files import lacks_room, no_room, whole_file
 from dino.images import write_image_table
 from pipelines import paths
 from pipelines.data.datasets import NAMED, set_name
-from pipelines.data.examine import Examined, examine
+from pipelines.data.examine import Examined, Limits, examine
 from pipelines.data.findings import (
     Row,
     brightness_warnings,
@@ -49,12 +49,12 @@ def main(params: Params) -> None:
         Path(data.folder),
         val_fraction=data.val_fraction,
         test_fraction=data.test_fraction,
-        max_short_px=data.max_short_px,
+        limits=Limits(data.max_short_px, data.max_pixels, data.max_aspect),
         seed=data.seed,
     )
 
 
-def prepare(folder: Path, *, val_fraction: float, test_fraction: float, max_short_px: int, seed: int) -> None:
+def prepare(folder: Path, *, val_fraction: float, test_fraction: float, limits: Limits, seed: int) -> None:
     """Write the three image tables, labels, metrics and the sheet of samples.
 
     Raises:
@@ -65,7 +65,7 @@ def prepare(folder: Path, *, val_fraction: float, test_fraction: float, max_shor
     say(f"{len(images.entries):,} images in {folder}: {images.layout}")
     with spool_for(paths.TRAIN_IMAGES) as spool:
         with progress("prepare: read", len(images.entries)) as advance:
-            examined = examine(images, max_short_px=max_short_px, spool=spool, advance=advance)
+            examined = examine(images, limits=limits, spool=spool, advance=advance)
         warn([*broken_warnings(examined, folder), *brightness_warnings(examined)])
         entries, ids, duplicates = without_duplicates(images, examined)
         warn(duplicate_warnings(duplicates, images.official))
@@ -87,12 +87,17 @@ def prepare(folder: Path, *, val_fraction: float, test_fraction: float, max_shor
         mean, std = examined.mean_std([row.entry for row in tables["train"]], channels)
         with progress("prepare: write", len(entries)) as advance:
             for split, rows in tables.items():
-                stored = read_rows(examined, rows, advance)
-                size = int(examined.stored_bytes_N[[row.entry for row in rows]].sum())
-                path = paths.IMAGES[split]
-                write_image_table(path, stored, channels=channels, mean=mean, std=std, needs_bytes=size)
+                write_image_table(
+                    paths.IMAGES[split],
+                    read_rows(examined, rows, advance),
+                    channels=channels,
+                    mean=mean,
+                    std=std,
+                    max_pixels=limits.pixels,
+                    needs_bytes=int(examined.stored_bytes_N[[row.entry for row in rows]].sum()),
+                )
         with whole_file(paths.SAMPLES_PICTURE) as aside:
-            aside.write_bytes(sheet(tables, images, examined))
+            aside.write_bytes(sheet(tables, images, examined, limits.pixels))
     write_labels(paths.LABELS, [row for rows in tables.values() for row in rows])
     facts = data_metrics(tables, images, examined, duplicates)
     write_metrics(paths.DATA_METRICS, facts | {"channels": channels, "mean": mean, "std": std})

@@ -125,6 +125,43 @@ def test_a_truncated_file_is_an_error_never_a_half_grey_picture(form: str) -> No
             decode_image(data[: int(len(data) * share)], 3)
 
 
+FORMS = ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_too_many_pixels_are_refused_by_the_header_alone(form: str) -> None:
+    data = encode(np.zeros((40, 50), np.uint8), form)
+    assert decode_image(data, 1, max_pixels=2000).shape == (1, 40, 50)
+    cut = data[: len(data) - 20]  # without a whole body, which nobody looks at; libwebp opens whole files only
+    for file in (data, cut) if form != "WEBP" else (data,):
+        with pytest.raises(ValueError, match=r"^50 x 40 pixels: more than data\.max_pixels \(1,999\); raise that"):
+            decode_image(file, 1, max_pixels=1999)
+
+
+@pytest.mark.parametrize("side", [10_000, 20_000, 60_000])
+def test_a_bomb_costs_nothing(side: int) -> None:
+    """A PNG of some hundred bytes whose header claims up to 3,600 million pixels; Pillow warns or refuses by itself."""
+    import resource
+    import struct
+    import zlib
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 6, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(10**5))), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"more than data\.max_pixels \(80,000,000\)"):
+        decode_image(data, 3)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10_000  # kB; decoded: 400,000 and more
+
+
+def test_pillows_own_limit_is_the_one_that_params_know() -> None:
+    from pipelines.params import PILLOWS_MAX_PIXELS
+
+    assert Image.MAX_IMAGE_PIXELS is not None
+    assert PILLOWS_MAX_PIXELS == 2 * Image.MAX_IMAGE_PIXELS
+
+
 def test_what_is_no_image_is_an_error() -> None:
     for data in (b"", b"<html>404</html>", b"%PDF-1.4", b"%!PS-Adobe-3.0 EPSF-3.0\n"):
         with pytest.raises(ValueError, match="not an image"):

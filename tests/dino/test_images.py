@@ -132,3 +132,12 @@ def test_a_damaged_image_is_named_by_its_id(tmp_path: Path) -> None:
     write_image_table(tmp_path / "t.arrow", [("abc", data)], channels=1, mean=[0], std=[1])
     with pytest.raises(ValueError, match=r"t\.arrow: image abc: not readable"):
         ImageTable(tmp_path / "t.arrow").batch([0])
+
+
+def test_a_table_keeps_the_limit_of_its_images(tmp_path: Path) -> None:
+    data = encode(np.zeros((30, 30), np.uint8))
+    write_image_table(tmp_path / "t.arrow", [("abc", data)], channels=1, mean=[0], std=[1], max_pixels=900)
+    assert ImageTable(tmp_path / "t.arrow").batch([0]).pixels_BCHW.shape == (1, 1, 30, 30)
+    write_image_table(tmp_path / "t.arrow", [("abc", data)], channels=1, mean=[0], std=[1], max_pixels=899)
+    with pytest.raises(ValueError, match=r"t\.arrow: image abc: 30 x 30 pixels: more than data\.max_pixels"):
+        ImageTable(tmp_path / "t.arrow").batch([0])

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,8 @@ WRONG = [
     ({"pretrain": 5}, "pretrain is 5: ", ["should be a dictionary"]),
     ({"data": None}, "data is None: ", ["should be a valid dictionary"]),
     ({"data__val_fraction": 1.0}, "data.val_fraction is 1.0: ", ["should be less than 1"]),
+    ({"data__max_pixels": 10**9}, "data.max_pixels is 1000000000: ", ["less than or equal to 178956970"]),
+    ({"data__max_aspect": 0.5}, "data.max_aspect is 0.5: ", ["greater than or equal to 1"]),
     ({"data__folder": 5}, "data.folder is 5: ", ["should be a valid string"]),
     ({"data__seed": -1}, "data.seed is -1: ", ["greater than or equal to 0"]),
     ({"embed__crop_px": 10_000}, "embed.crop_px (10000) ", ["larger than resize_px", "choose at most that"]),
@@ -129,7 +132,16 @@ def test_every_problem_stands_in_one_error(tmp_path: Path) -> None:
     }
     several.pop("data")
     places = {line.split()[0].rstrip(":") for line in refused(changed(**several), tmp_path)}
-    expected = {"data.val_fraction", "data.folder", "data.seed", "knn.zzz", "knn.neighbours.1", "knn.temperature"}
+    expected = {
+        "data.val_fraction",
+        "data.folder",
+        "data.seed",
+        "data.max_pixels",
+        "data.max_aspect",
+        "knn.zzz",
+        "knn.neighbours.1",
+        "knn.temperature",
+    }
     assert places == expected | {"probe.lrs.1", "probe.momentum"}
 
 
@@ -157,6 +169,10 @@ def test_a_long_value_does_not_fill_the_screen(tmp_path: Path) -> None:
 # YAML
 
 
+# A thousand million values in ten lines
+BOMB = "a0: &a0 [0]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
+
+
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
@@ -171,6 +187,9 @@ def test_a_long_value_does_not_fill_the_screen(tmp_path: Path) -> None:
         ("data: !!python/object/apply:os.getcwd []\n", ["line 1", "could not determine a constructor"]),
         ("a: *b\n", ["line 1", "undefined alias"]),
         ("[" * 1000, ["recursion"]),
+        ("a: &x [1]\nb: *x\n", ["line 2, column 4", "*x stands for a list or a section; write it out"]),
+        ("a: &x {b: 1}\nc:\n  <<: *x\n", ["line 3", "*x stands for a list or a section"]),
+        (BOMB, ["line 2", "*a0 stands for a list or a section"]),
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else "",
 )
@@ -191,6 +210,20 @@ def test_a_file_without_sections_is_refused(text: str, tmp_path: Path) -> None:
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_bytes(b"data: \xff\xfe\x00\n")
     with pytest.raises(ValueError, match=r"params\.yaml cannot be read as YAML"):
+        params.load(tmp_path / "params.yaml")
+
+
+def test_an_anchor_of_one_value_is_plain_yaml(tmp_path: Path) -> None:
+    text = yaml.safe_dump(GOOD).replace("seed: 0", "seed: &seed 3", 1)
+    text = text[: text.rindex("seed: 0")] + "seed: *seed" + text[text.rindex("seed: 0") + len("seed: 0") :]
+    found = load_text(text, tmp_path)
+    assert sorted([found.data.seed, found.pretrain.seed, found.probe.seed]) == [0, 3, 3]
+
+
+def test_a_huge_file_is_refused_unread(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").touch()
+    os.truncate(tmp_path / "params.yaml", 1 << 40)
+    with pytest.raises(ValueError, match=r"params\.yaml has 1,099,511,627,776 bytes: no file of settings; restore it"):
         params.load(tmp_path / "params.yaml")
 
 

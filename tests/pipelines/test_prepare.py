@@ -19,11 +19,13 @@ from dino.decode import content_id, open_image
 from dino.images import ImageTable
 from pipelines import paths
 from pipelines.data.datasets import NAMED
+from pipelines.data.examine import Limits
 from pipelines.data.png import encode_png
 from pipelines.stages.fetch import FETCH, fetch
 from pipelines.stages.prepare import prepare
 
-SETTINGS: dict[str, Any] = {"val_fraction": 0.1, "test_fraction": 0.2, "max_short_px": 512, "seed": 0}
+LIMITS = Limits(512, 10**6, 10.0)
+SETTINGS: dict[str, Any] = {"val_fraction": 0.1, "test_fraction": 0.2, "limits": LIMITS, "seed": 0}
 Files = dict[str, bytes]
 
 
@@ -112,8 +114,9 @@ def test_tables_labels_and_metrics_tell_the_same(prepared: Callable[..., Outs]) 
 SCRIPT = """
 import sys
 from pathlib import Path
+from pipelines.data.examine import Limits
 from pipelines.stages.prepare import prepare
-prepare(Path(sys.argv[1]), val_fraction=.1, test_fraction=.2, max_short_px=40, seed=0)
+prepare(Path(sys.argv[1]), val_fraction=.1, test_fraction=.2, limits=Limits(40, 10**6, 10.0), seed=0)
 """
 
 
@@ -254,7 +257,7 @@ def test_original_bytes_are_stored_unless_the_image_is_too_large(prepared: Calla
         if table.ids[row] == content_id(lying)
     ]
     assert stored == (lying, [[60, 40]]), "upright: 60 high"
-    outs = prepared(files, max_short_px=20)
+    outs = prepared(files, limits=LIMITS._replace(short_px=20))
     assert outs.metrics["shrunk"] == 1
     assert outs.metrics["height_px"] == {"smallest": 8, "median": 8, "largest": 30}
     assert outs.metrics["width_px"] == {"smallest": 8, "median": 8, "largest": 20}

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dino.decode import content_id, extension, open_image
 from pipelines.data import examine as module
-from pipelines.data.examine import Examined, examine, look
+from pipelines.data.examine import Examined, Limits, examine, look
 from pipelines.data.imageset import Entry, ImageSet
 from pipelines.data.png import encode_png
 
@@ -37,9 +37,11 @@ Look = Callable[..., Examined]
 def look_at_all() -> Iterator[Look]:
     with contextlib.ExitStack() as files:
 
-        def look_at_all(data: list[bytes], max_short_px: int = 512) -> Examined:
+        def look_at_all(data: list[bytes], max_short_px: int = 512, aspect: float = 10.0) -> Examined:
             spool = files.enter_context(tempfile.TemporaryFile(buffering=0))
-            return examine(image_set(data), max_short_px=max_short_px, spool=spool, advance=lambda more: None)
+            return examine(
+                image_set(data), limits=Limits(max_short_px, 10**6, aspect), spool=spool, advance=lambda more: None
+            )
 
         yield look_at_all
 
@@ -88,7 +90,7 @@ def test_large_images_are_shrunk_to_the_short_side(look_at_all: Look) -> None:
 def test_a_shrunk_image_is_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its side
-    facts = look(encode(noise(60, 90), "JPEG", exif=exif), max_short_px=20)
+    facts = look(encode(noise(60, 90), "JPEG", exif=exif), Limits(20, 10**6, 10.0))
     assert (facts.height, facts.width) == (30, 20)
     assert facts.shrunk is not None
     assert open_image(facts.shrunk).size == (20, 30)
@@ -100,6 +102,15 @@ def test_broken_images_are_reported_and_do_not_stop_the_others(look_at_all: Look
     assert examined.broken.keys() == {1, 2, 3}
     assert "not an image" in examined.broken[3] and "not readable" in examined.broken[2]
     assert examined.read(4) == good
+
+
+def test_absurd_images_are_left_out_with_the_reason(look_at_all: Look) -> None:
+    data = [encode_png(noise(*size)) for size in ((8, 80), (8, 81), (81, 8), (1001, 1000))]
+    examined = look_at_all(data, max_short_px=16)
+    assert list(examined.broken) == [1, 2, 3]
+    assert examined.broken[1].startswith("81 x 8 pixels: longer than data.max_aspect (10) times its short side; cut")
+    assert examined.broken[2].startswith("8 x 81 pixels: longer than ")
+    assert examined.broken[3].startswith("1,000 x 1,001 pixels: more than data.max_pixels (1,000,000); raise that")
 
 
 def test_any_number_of_threads_gives_the_same(look_at_all: Look, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """Layouts of one's own folders, and what is said when there is nothing to use."""
 
 import os
+import socket
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,52 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     (tmp_path / "mine" / "cat" / "back").symlink_to(tmp_path / "mine")
     images = read_folder(tmp_path / "mine")
     assert [entry.source for entry in images.entries] == ["cat/2.png", "dog/1.png"]
+
+
+def test_what_is_no_file_is_never_waited_for(tmp_path: Path) -> None:
+    """A pipe without a writer, a device without an end, a socket, links to nothing and to themselves."""
+    folder_with(tmp_path, "1.png")
+    for name in ("pipe.png", "pipe"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "endless.jpg").symlink_to("/dev/zero")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nothing")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    with socket.socket(socket.AF_UNIX) as end:
+        end.bind(os.path.relpath(tmp_path / "socket.png"))
+        images = read_folder(tmp_path)
+        assert [e.source for e in images.entries] == [
+            "1.png", "endless.jpg", "gone.png", "loop.png", "pipe.png", "socket.png"
+        ]  # fmt: skip
+        for row in (1, 4, 5):
+            with pytest.raises(ValueError, match="a pipe, socket or device, not a file"):
+                images.read(row)
+        for row in (2, 3):
+            with pytest.raises(OSError):
+                images.read(row)
+    assert images.other_files == 1
+
+
+def test_a_file_larger_than_any_image_is_not_read(tmp_path: Path) -> None:
+    folder_with(tmp_path, "1.png")
+    os.truncate(tmp_path / "1.png", 1 << 40)  # with holes: a terabyte that takes no room
+    with pytest.raises(ValueError, match=r"1\.1 TB, which is no image"):
+        read_folder(tmp_path).read(0)
+
+
+def test_a_folder_that_may_not_be_read_is_told_not_taken_for_empty() -> None:
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as name:  # pytest's own may not be entered by other users at all
+        root = folder_with(Path(name), "cat/1.png", "dog/2.png", "emu/3.png")
+        root.chmod(0o755)
+        (root / "dog").chmod(0)
+        try:
+            if user == 0:
+                os.seteuid(65534)  # nobody: root may read everything
+            with pytest.raises(PermissionError, match="dog"):
+                read_folder(root)
+        finally:
+            os.seteuid(user)
+            (root / "dog").chmod(0o700)
 
 
 def test_a_name_that_is_no_utf8(tmp_path: Path) -> None:
