@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from dino.backbones import seeded_backbone
 from dino.files import whole_file
-from dino.vision_transformer import VisionTransformer
 
 BACKBONE_FORMAT = "dino-backbone-1"
 FACTS = "dino"  # the one metadata entry: safetensors writes several in no fixed order, and bytes must repeat
@@ -55,8 +55,8 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, facts
 
 
-def load_backbone(path: str | Path) -> tuple[VisionTransformer, dict[str, Any]]:
-    """The backbone in eval mode and its facts: arch, seed, channels, mean, std, params, data_md5, key.
+def load_backbone(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The backbone in eval mode and its facts: arch (see `dino.backbones`), seed, channels, mean, std, params, ...
 
     Raises:
         ValueError: Not a backbone of this project, with the first keys that do not fit.
@@ -72,13 +72,6 @@ def load_backbone(path: str | Path) -> tuple[VisionTransformer, dict[str, Any]]:
     return backbone.eval(), facts
 
 
-def seeded_backbone(arch: dict[str, Any], seed: int) -> VisionTransformer:
-    """A network with the initial weights of this seed; the global generator stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return VisionTransformer(**arch)
-
-
-def untrained_backbone(facts: dict[str, Any]) -> VisionTransformer:
+def untrained_backbone(facts: dict[str, Any]) -> nn.Module:
     """The network that a checkpoint's training began with, in eval mode."""
     return seeded_backbone(facts["arch"], facts["seed"]).eval()

@@ -4,7 +4,25 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from math import inf
 
-ARCHITECTURES = ("vit_tiny", "vit_small", "vit_base")
+VITS = ("vit_tiny", "vit_small", "vit_base")  # ours
+TORCHVISION = (  # those of torchvision that give pooled features for images of any size
+    "convnext_tiny", "convnext_small", "convnext_base", "convnext_large",
+    "densenet121", "densenet161", "densenet169", "densenet201",
+    "efficientnet_b0", "efficientnet_b1", "efficientnet_b2", "efficientnet_b3", "efficientnet_b4", "efficientnet_b5",
+    "efficientnet_b6", "efficientnet_b7",
+    "efficientnet_v2_s", "efficientnet_v2_m", "efficientnet_v2_l",
+    "mnasnet0_5", "mnasnet0_75", "mnasnet1_0", "mnasnet1_3", "mobilenet_v2", "mobilenet_v3_small",
+    "mobilenet_v3_large",
+    "regnet_x_400mf", "regnet_x_800mf", "regnet_x_1_6gf", "regnet_x_3_2gf", "regnet_x_8gf", "regnet_x_16gf",
+    "regnet_x_32gf",
+    "regnet_y_400mf", "regnet_y_800mf", "regnet_y_1_6gf", "regnet_y_3_2gf", "regnet_y_8gf", "regnet_y_16gf",
+    "regnet_y_32gf", "regnet_y_128gf",
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
+    "resnext101_64x4d",
+    "shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x1_5", "shufflenet_v2_x2_0",
+    "swin_t", "swin_s", "swin_b", "swin_v2_t", "swin_v2_s", "swin_v2_b",
+    "wide_resnet50_2", "wide_resnet101_2",
+)  # fmt: skip
 PRECISIONS = ("auto", "fp32", "bf16")
 GLOBAL_CROPS = 2
 
@@ -84,6 +102,11 @@ class PretrainConfig:
         """Crops of an image, V."""
         return GLOBAL_CROPS + self.local_crops
 
+    @property
+    def crop_sizes_px(self) -> list[int]:
+        """Sides of the square crops that the network sees."""
+        return [self.global_px, self.local_px] if self.local_crops else [self.global_px]
+
     def __post_init__(self) -> None:
         """Check every value and combination."""
         if found := problems(self):
@@ -116,7 +139,7 @@ def _ranges(c: PretrainConfig) -> list[tuple[bool, str, str]]:
         (0 <= c.hue <= 0.5, "hue", "choose a share of the colour circle from 0 to 0.5"),
         (0 <= c.drop_path_rate < 1, "drop_path_rate", "choose a share from 0 to below 1"),
         (c.precision in PRECISIONS, "precision", _choice(c.precision, PRECISIONS)),
-        (c.arch in ARCHITECTURES, "arch", _choice(c.arch, ARCHITECTURES)),
+        (c.arch in (*VITS, *TORCHVISION) or c.arch.startswith("timm/"), "arch", _arch_choice(c.arch)),
     ]  # fmt: skip
 
 
@@ -125,9 +148,17 @@ def _is_range(bounds: tuple[float, ...]) -> bool:
 
 
 def _choice(value: str, choices: tuple[str, ...]) -> str:
+    return f"{_did_you_mean(value, choices)}choose one of {', '.join(choices)}"
+
+
+def _arch_choice(value: str) -> str:
+    hint = _did_you_mean(value, (*VITS, *TORCHVISION))
+    return f"{hint}choose {', '.join(VITS)}, a name of torchvision (resnet50, ...: docs/backbones.md) or timm/NAME"
+
+
+def _did_you_mean(value: str, choices: tuple[str, ...]) -> str:
     close = get_close_matches(value, choices, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return f"{hint}choose one of {', '.join(choices)}"
+    return f"did you mean {close[0]}? " if close else ""
 
 
 def problems(c: PretrainConfig) -> list[str]:
@@ -135,8 +166,10 @@ def problems(c: PretrainConfig) -> list[str]:
     found = [f"{name} is {getattr(c, name)!r}: {cure}" for holds, name, cure in _ranges(c) if not holds]
     if found:
         return found  # combinations of impossible values say nothing more
+    if c.arch not in VITS and c.drop_path_rate:
+        found.append(f"drop_path_rate is {c.drop_path_rate}: {c.arch} is trained without; choose 0, or a vit_*")
     for name in ("global_px", "local_px"):
-        if getattr(c, name) % c.patch_size and (name == "global_px" or c.local_crops):
+        if c.arch in VITS and getattr(c, name) % c.patch_size and (name == "global_px" or c.local_crops):
             below = max(getattr(c, name) // c.patch_size, 1) * c.patch_size
             found.append(
                 f"{name} is {getattr(c, name)}, not a multiple of patch_size ({c.patch_size}): "

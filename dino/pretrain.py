@@ -20,7 +20,7 @@ from dino.distributed import World
 from dino.images import ImageBatch, ImageTable
 from dino.loss import dino_loss
 from dino.model import DINO
-from dino.networks import build_dino
+from dino.networks import backbone_arch, build_dino
 from dino.optimizer import build_optimizer, clip_each_gradient, freeze_last_layer, set_schedule
 from dino.schedules import cosine, teacher_temperature
 from dino.training_state import TrainingState, capture, restore
@@ -154,9 +154,13 @@ def make_micro_batches(
     return micro_batches
 
 
+@torch.no_grad()
 def first_features(dino: DINO, micro_batches: Sequence[MicroBatch]) -> Tensor:
-    """The teacher's features [B, D] of the first global crop of this rank's images."""
-    return torch.cat([dino.teacher.backbone(crops[0]) for crops, _ in micro_batches])
+    """The teacher's features [B, D] of the first global crop of this rank's images, in eval mode, as it is judged."""
+    backbone = dino.teacher.backbone.eval()
+    features = [backbone(crops[0]) for crops, _ in micro_batches]
+    backbone.train()  # as before: the looking leaves BatchNorm's statistics alone
+    return torch.cat(features)
 
 
 @contextmanager
@@ -220,7 +224,7 @@ def pretrain(
     check_fits(config, len(table), world)
     steps_per_epoch, total_steps = run_length(config, len(table))
     dino = build_dino(config, table.channels).to(world.device)
-    depth = len(dino.student.backbone.blocks)  # type: ignore[arg-type]
+    depth = backbone_arch(config, table.channels).get("depth", 0)  # of a ViT; no other has stochastic depth
     optimizer = build_optimizer(dino.student)
     step, points = 0, []
     center, loss_sum = torch.zeros(1, config.out_dim, device=world.device), torch.zeros((), device=world.device)

@@ -11,6 +11,7 @@ from dino import look
 from dino.augment import eval_images
 from dino.checkpoint import load_backbone
 from dino.images import ImageTable
+from dino.vision_transformer import VisionTransformer
 from pipelines import paths
 from pipelines.charts import Picture
 from pipelines.feature_file import read_features
@@ -90,23 +91,23 @@ def _pictures(
 def look_rows(
     classes: Classes, queries: Sequence[int], *, resize_px: int, crop_px: int
 ) -> tuple[list[str], list[list[Picture]]]:
-    """Headings, and a row a query: the image as the backbone gets it, PCA of its patches, attention of the heads."""
+    """Headings, and a row a query: the image as the backbone gets it; of a ViT PCA of its patches, and attention."""
     backbone, facts = load_backbone(paths.TEACHER)
     table = ImageTable(paths.TEST_IMAGES)
     mean, std = facts["mean"], facts["std"]
     images = eval_images(table.batch(queries), resize_px=resize_px, crop_px=crop_px, mean=mean, std=std)
-    attention_BARS = look.attention_maps(backbone, images)
-    components = look.patch_components(backbone, images)
-    heads = min(attention_BARS.shape[1], HEADS_UP_TO)
-    rows = []
-    for place, query in enumerate(queries):
-        maps = [attention_BARS[place].mean(0), *attention_BARS[place, :heads]][: heads + 1 if heads > 1 else 1]
-        pixels = [
-            look.seen_picture(images[place], mean, std),
-            look.colour_picture(components[place]),
-            *(look.heat_picture(values) for values in maps),
-        ]
-        name = classes.of.get(("test", table.ids[query]), "")
-        rows.append([Picture(look.fitted(p, SIDE_PX), "" if i else name) for i, p in enumerate(pixels)])
-    headings = ["image", "patches (PCA)", "attention"]
-    return headings + ([f"head {head + 1}" for head in range(heads)] if heads > 1 else []), rows
+    columns = [[look.seen_picture(image, mean, std) for image in images]]
+    headings = ["image"]
+    if isinstance(backbone, VisionTransformer):
+        attention_BARS = look.attention_maps(backbone, images)
+        columns.append([look.colour_picture(values) for values in look.patch_components(backbone, images)])
+        columns.append([look.heat_picture(values) for values in attention_BARS.mean(1)])
+        headings += ["patches (PCA)", "attention"]
+        if (heads := min(attention_BARS.shape[1], HEADS_UP_TO)) > 1:
+            columns += [[look.heat_picture(values) for values in attention_BARS[:, head]] for head in range(heads)]
+            headings += [f"head {head + 1}" for head in range(heads)]
+    names = [classes.of.get(("test", table.ids[query]), "") for query in queries]
+    return headings, [
+        [Picture(look.fitted(p, SIDE_PX), "" if i else name) for i, p in enumerate(row)]
+        for name, *row in zip(names, *columns, strict=True)
+    ]

@@ -16,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from dino.config import VITS
+
 EVALUATION_SECTIONS = ("embed", "knn", "probe")
 VERSIONS = ("torch", "torchvision", "numpy", "dvc", "mlflow", "prefect")
 TABLES = ("_by_", "class_balance")  # one number a setting or a class: the JSON file, logged whole, keeps them
@@ -117,9 +119,10 @@ def summarise(stage: str, metrics: Mapping[str, Any]) -> tuple[dict[str, float],
 def run_name(pretrain: Mapping[str, Any]) -> str:
     """What tells a row from its neighbours: network, length, seed, and the DVC experiment's name if it has one."""
     width = "x".join(str(pretrain[k]) for k in ("embed_dim", "depth") if pretrain.get(k) is not None)
+    arch = str(pretrain.get("arch", "model"))
+    network = [f"{arch}/{pretrain.get('patch_size', '?')}", *([width] if width else [])]
     words = [
-        f"{pretrain.get('arch', 'model')}/{pretrain.get('patch_size', '?')}",
-        *([width] if width else []),
+        *(network if arch in (*VITS, "model") else [arch]),  # no other network has these settings
         f"{pretrain.get('epochs', '?')} epochs",
     ]
     if pretrain.get("seed"):

@@ -8,6 +8,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from dino.config import VITS
+
 VIEW = "dino"
 # Column and its width in pixels, in order; what `selectedColumns` does not know is always shown.
 COLUMNS = {
@@ -128,7 +130,8 @@ def _training(params: Mapping[str, str], metrics: Mapping[str, float], tags: Map
         lines.append(f"Health: **{state}**{f': {advice}' if advice else ''}.".replace("..", "."))
     words = []
     if "pretrain.arch" in params:
-        words.append(f"{params['pretrain.arch']}, patch {params.get('pretrain.patch_size')}")
+        arch = params["pretrain.arch"]
+        words.append(f"{arch}, patch {params.get('pretrain.patch_size')}" if arch in VITS else arch)
     if "pretrain.epochs" in params:
         words.append(f"{params['pretrain.epochs']} epochs of {params.get('data.folder', 'the data')}")
     if (seen := metrics.get("pretrain/images_seen")) is not None:

@@ -8,7 +8,9 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch import nn
 
+from dino.backbones import feature_width
 from dino.checkpoint import load_backbone, untrained_backbone
 from dino.distributed import World
 from dino.features import backbone_features, feature_batches, pixel_features
@@ -38,6 +40,7 @@ def embed(sizes: Embed, *, batch: int, world: World) -> None:
     trained, facts = load_backbone(paths.TEACHER)
     tables = {split: ImageTable(path) for split, path in paths.IMAGES.items()}
     check(sizes, facts, channels=tables["train"].channels)
+    check_crop(trained, sizes.crop_px, channels=facts["channels"])
     networks = {"trained": trained, "untrained": untrained_backbone(facts)}
     view = {"resize_px": sizes.resize_px, "crop_px": sizes.crop_px}
     extractors = {
@@ -67,7 +70,7 @@ def embed(sizes: Embed, *, batch: int, world: World) -> None:
                     write_group(writers, kind, split, table.ids[first : rows.stop], torch.cat(features))
     world.barrier()  # no rank goes on before the files are there
     if world.is_main:
-        print(f"embed: {total:,} images, {trained.embed_dim} features each", flush=True)
+        print(f"embed: {total:,} images, {facts['arch']['embed_dim']} features each", flush=True)
 
 
 def ignore(more: int) -> None:
@@ -87,6 +90,16 @@ def write_group(writers: Mapping[str, Write], kind: str, split: str, ids: list[s
         )
     if kind in writers:
         writers[kind](split, ids, features_ND.numpy())
+
+
+def check_crop(backbone: nn.Module, crop_px: int, *, channels: int) -> None:
+    """Refuse a size of images that the network does not take."""
+    try:
+        feature_width(backbone, channels, crop_px)
+    except ValueError as error:
+        raise ValueError(
+            f"embed.crop_px ({crop_px}): {error}; choose a size of crops that it was trained on"
+        ) from error
 
 
 def check(sizes: Embed, facts: Mapping[str, Any], *, channels: int) -> None:

@@ -171,7 +171,7 @@ def write_results(
     save_state(paths.TRAINING_STATE, final, facts)
     write_curve(final.curve)
     crop_sheet(table, config, paths.CROPS_PICTURE)
-    health = diagnose_run(config, final, table)
+    health = diagnose_run(config, final, len(table), width=arch["embed_dim"])
     steps_per_epoch, total_steps = run_length(config, len(table))
     last_epoch = [point for point in final.curve if point["step"] > total_steps - steps_per_epoch]
     last = final.curve[-1]
@@ -194,14 +194,14 @@ def write_results(
     print(f"pretrain: {health.state}. {health.advice}")
 
 
-def diagnose_run(config: PretrainConfig, final: TrainingState, table: ImageTable) -> Diagnosis:
-    """The state of the finished training."""
+def diagnose_run(config: PretrainConfig, final: TrainingState, images: int, *, width: int) -> Diagnosis:
+    """The state of the finished training; `width` is that of the backbone's features."""
     return diagnose(
         final.curve,
         prototypes=config.out_dim,
         batch=config.batch,
-        width=backbone_arch(config, table.channels)["embed_dim"],
-        total_steps=run_length(config, len(table))[1],
+        width=width,
+        total_steps=run_length(config, images)[1],
     )
 
 

@@ -93,6 +93,7 @@ def collect(params: Params, facts: Mapping[str, Any]) -> tuple[dict[str, Any], d
         "agreeing": sum(compared),
         "looks": looks,
         "headings": headings,
+        "arch_name": facts["params"]["arch"],
         "images": sum(data["images"].values()),
         "data": list(data_facts(data)),
         "class_counts": counts if len(counts) <= CLASSES_LISTED_UP_TO else {},

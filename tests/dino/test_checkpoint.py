@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny import SETTINGS
 
+from dino.backbones import seeded_backbone
 from dino.checkpoint import (
     BACKBONE_FORMAT,
     load_backbone,
     load_tensors,
     save_tensors,
-    seeded_backbone,
     untrained_backbone,
 )
 from dino.config import PretrainConfig
@@ -210,6 +210,9 @@ def test_a_file_under_another_name_is_refused(tmp_path: Path) -> None:
         {**ARCH, "depth": 1},
         {**ARCH, "num_heads": 3},
         {**ARCH, "width": 16},
+        {**ARCH, "family": "resnet"},
+        {"family": "torchvision", "name": "resnet18", "in_chans": 3},
+        {"family": "torchvision", "name": "resnet", "in_chans": 3},
         {**ARCH, "patch_size": "4"},
         [],
         None,

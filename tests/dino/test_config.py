@@ -35,7 +35,7 @@ REFUSED = [
     ("hue", [-0.1, 0.6, NAN], "from 0 to 0.5"),
     ("drop_path_rate", [-0.1, 1.0, NAN], "from 0 to below 1"),
     ("precision", ["fp16", "bf61"], "choose one of auto, fp32, bf16"),
-    ("arch", ["vit_smal", "resnet"], "choose one of vit_tiny, vit_small, vit_base"),
+    ("arch", ["vit_smal", "resnet", "vgg16", "timm"], "choose vit_tiny, vit_small, vit_base, a name of torchvision"),
 ]
 CASES = [(field, value, cure) for field, values, cure in REFUSED for value in values]
 
@@ -67,6 +67,9 @@ def test_every_field_has_a_refusal_or_cannot_be_wrong() -> None:
         ({"embed_dim": 100, "num_heads": 3}, ["num_heads (3)", "embed_dim (100)", "choose a divisor"]),
         ({"precision": "bf16", "head_batch_norm": True}, ["head_batch_norm", "choose precision fp32"]),
         ({"arch": "vit_smal"}, ["arch is 'vit_smal'", "did you mean vit_small?"]),
+        ({"arch": "resnet5"}, ["arch is 'resnet5'", "did you mean resnet50?"]),
+        ({"arch": "resnet50"}, ["drop_path_rate is 0.1", "resnet50 is trained without; choose 0"]),
+        ({"arch": "timm/swin"}, ["drop_path_rate is 0.1", "timm/swin is trained without; choose 0"]),
         ({"precision": "bf61"}, ["precision is 'bf61'", "did you mean bf16?"]),
     ],
 )
@@ -101,6 +104,7 @@ def test_corners_are_allowed() -> None:
     PretrainConfig(ema_momentum=1.0, center_momentum=0.0, clip_norm=0.0, flip=0.0, hue=0.5, drop_path_rate=0.0)
     PretrainConfig(global_scale=(1.0, 1.0), blur_radius=(1.0, 1.0), ratio=(1.0, 1.0))
     PretrainConfig(init_std=None)
+    PretrainConfig(arch="resnet50", drop_path_rate=0.0, global_px=225, local_px=97)  # a convnet has no patches
     PretrainConfig(global_scale=[0.4, 1.0], blur_p=[0.0, 0.0, 0.0])  # as YAML gives them
 
 

@@ -12,20 +12,20 @@ import torch
 from PIL import Image
 
 from dino.augment import eval_images
-from dino.checkpoint import seeded_backbone
+from dino.backbones import seeded_backbone
 from dino.distributed import World
 from dino.features import backbone_features, extract_features, feature_batches, pixel_features
 from dino.images import ImageTable, write_image_table
 from dino.vision_transformer import VisionTransformer
 
 ALONE = World(0, 1, torch.device("cpu"))
-ARCH = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 8, "depth": 2, "num_heads": 2}
+ARCH = {"family": "vit", "img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 8, "depth": 2, "num_heads": 2}
 EVALUATION = {"resize_px": 10, "crop_px": 8}
 
 RANKS = """
 import sys, torch
 from dino.distributed import World
-from dino.checkpoint import seeded_backbone
+from dino.backbones import seeded_backbone
 from dino.features import extract_features
 from dino.images import ImageTable
 with World.start() as world:

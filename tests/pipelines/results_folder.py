@@ -146,7 +146,8 @@ def _write_model(root: Path) -> None:
     )
     params = PretrainConfig(epochs=2, batch=16, warmup_epochs=1, out_dim=PROTOTYPES)
     facts = {
-        "format": BACKBONE_FORMAT, "arch": network.arch, "seed": 0, "channels": 1, "mean": [0.28], "std": [0.35],
+        "format": BACKBONE_FORMAT, "arch": {"family": "vit", **network.arch},
+        "seed": 0, "channels": 1, "mean": [0.28], "std": [0.35],
         "params": dict(vars(params)), "data_md5": "d41d8cd98f00b204e9800998ecf8427e", "key": KEY,
     }  # fmt: skip
     save_tensors(root / "models/teacher.safetensors", network.state_dict(), facts)

@@ -18,7 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dino.checkpoint import BACKBONE_FORMAT, load_backbone, save_tensors, seeded_backbone, untrained_backbone
+from dino.backbones import seeded_backbone
+from dino.checkpoint import BACKBONE_FORMAT, load_backbone, save_tensors, untrained_backbone
 from dino.distributed import World
 from dino.features import extract_features
 from dino.images import ImageTable, write_image_table
@@ -33,7 +34,7 @@ REPOSITORY = Path(__file__).parents[2]
 KINDS = ["trained", "untrained", "pixels"]
 NAMES = ["bag", "coat", "nan"]  # a class may be called so
 PER_CLASS = {"train": 20, "val": 8, "test": 12}
-ARCH = {"img_size": 12, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
+ARCH = {"family": "vit", "img_size": 12, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
 FACTS = {
     "format": BACKBONE_FORMAT, "arch": ARCH, "seed": 1, "channels": 1, "mean": [0.3], "std": [0.4],
     "params": {}, "data_md5": "d41d8cd98f00b204e9800998ecf8427e", "key": "0123456789abcdef",
