@@ -154,7 +154,6 @@ def make_micro_batches(
     return micro_batches
 
 
-@torch.no_grad()
 def first_features(dino: DINO, micro_batches: Sequence[MicroBatch]) -> Tensor:
     """The teacher's features [B, D] of the first global crop of this rank's images, in eval mode, as it is judged."""
     backbone = dino.teacher.backbone.eval()
