@@ -41,6 +41,7 @@ def whole_file(path: str | Path, needs_bytes: int = 0) -> Iterator[Path]:
         with aside.open("rb") as file:
             os.fsync(file.fileno())
         aside.replace(path)
+        flush_folder(path.parent)
     except Exception as error:
         if not lacks_room(error):
             raise
@@ -49,6 +50,15 @@ def whole_file(path: str | Path, needs_bytes: int = 0) -> Iterator[Path]:
         raise OSError(no_room(path, needs_bytes)) from error
     finally:
         _remove(aside)
+
+
+def flush_folder(folder: Path) -> None:
+    """Write a folder's list of names to the disk: until then a loss of power may undo a rename."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _remove(file: Path) -> None:

@@ -99,7 +99,14 @@ class Tracking(Section):
 class RuntimePretrain(Section):
     """How pretraining runs."""
 
-    save_minutes: Annotated[float, Field(gt=0)]
+    save_minutes: Annotated[float, Field(gt=0)] | None
+    save_steps: Count | None
+
+    @model_validator(mode="after")
+    def _saves(self) -> "RuntimePretrain":
+        if self.save_minutes is None and self.save_steps is None:
+            raise ValueError("save_minutes and save_steps are both null: set one, else a killed training starts anew")
+        return self
 
 
 class RuntimeEmbed(Section):
@@ -111,6 +118,7 @@ class RuntimeEmbed(Section):
 class Runtime(Section):
     """What changes speed, safety or display only."""
 
+    wait_for_lock_minutes: Annotated[float, Field(ge=0)]
     tracking: Tracking
     pretrain: RuntimePretrain
     embed: RuntimeEmbed

@@ -27,6 +27,7 @@ KNN_PREDICTIONS = Path("plots/knn_predictions.csv")
 PROBE_METRICS = Path("metrics/probe.json")
 REPORT = Path("report")
 
+RUNNING = Path(".work/running")  # a lock of each stage that runs in this working directory
 EXPERIMENT_CLONES = "/.dvc/tmp/exps/"
 
 

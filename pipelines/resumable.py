@@ -4,68 +4,95 @@ DVC deletes outs before it runs a stage, so what a training resumes from cannot 
 a changed setting never resumes a stale run, and a setting that comes back resumes its own.
 """
 
-import fcntl
+import os
+import platform
 import sys
+import time
+from contextlib import ExitStack
+from importlib import metadata
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 import torch
 
+from dino.files import flush_folder
 from dino.training_state import TrainingState, load_state, save_state
 from pipelines import paths
+from pipelines.lock import hold
+
+LOCK, NEWEST, PREVIOUS = "lock", "state.safetensors", "previous.safetensors"
+
+
+def states_folder() -> Path:
+    """Where the folder of each KEY lies."""
+    return paths.work_dir() / "pretrain"
 
 
 def environment(world_size: int, device: torch.device) -> dict[str, Any]:
     """What repeats bytes besides the intent: the same environment gives the same bits."""
     return {
         "torch": torch.__version__,
+        "torchvision": metadata.version("torchvision"),
+        "numpy": metadata.version("numpy"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu": _cpu(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "world_size": world_size,
     }
 
 
+def _cpu() -> str:
+    """The processor's name: libraries choose kernels by it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(errors="replace").splitlines() if info.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
 class Resumable:
-    """The saved states of one KEY; leaving the block, or the process's end, frees the KEY for others.
+    """The saved states of one KEY; a block in which no other process trains it.
 
     Args:
         key: Names the folder.
         environment: This process's, see `environment`.
+        about: More facts to save with each state, for people: `python -m pipelines.states` shows them.
         writes: Whether this process locks, writes and speaks: of several ranks the main one.
+        wait_minutes: How long to wait where another process trains the same KEY.
 
     Raises:
-        ValueError: Another process trains the same KEY.
+        ValueError: Entered while another process trains the same KEY, after that time too.
     """
 
-    def __init__(self, key: str, environment: dict[str, Any], *, writes: bool = True) -> None:
-        self.folder = paths.work_dir() / "pretrain" / key
+    def __init__(
+        self,
+        key: str,
+        environment: dict[str, Any],
+        *,
+        about: dict[str, Any] | None = None,
+        writes: bool = True,
+        wait_minutes: float = 0.0,
+    ) -> None:
+        self.folder = states_folder() / key
         self.environment = environment
+        self.about = about or {}
         self.writes = writes
+        self.wait_minutes = wait_minutes
         self.bit_exact = True
-        self.newest, self.previous = self.folder / "state.safetensors", self.folder / "previous.safetensors"
-        self._lock = self._locked() if writes else None
-
-    def _locked(self) -> TextIO:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = (self.folder / "lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            raise ValueError(
-                f"another process trains this very setting (its state lies in {self.folder}); wait for it or stop it"
-            ) from None
-        for half_written in self.folder.glob(".*.part.safetensors"):  # by a process that was killed
-            half_written.unlink()
-        return lock
+        self.seconds_of_a_save = 0.0
+        self.newest, self.previous = self.folder / NEWEST, self.folder / PREVIOUS
+        self._lock = ExitStack()
 
     def __enter__(self) -> Self:
+        if self.writes:
+            does = f"trains this very setting (its state lies in {self.folder})"
+            self._lock.enter_context(hold(self.folder / LOCK, does, self.wait_minutes))
+            for half_written in self.folder.glob(".*.part.safetensors"):  # by a process that was killed
+                half_written.unlink()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._lock:
-            self._lock.close()
+        self._lock.close()
 
     def _say(self, text: str) -> None:
         if self.writes:
@@ -78,21 +105,21 @@ class Resumable:
                 continue
             try:
                 state, facts = load_state(path)
-            except ValueError as problem:
+                before, bit_exact = facts["environment"], facts["bit_exact"]
+            except (ValueError, KeyError) as problem:
                 self._say(f"{problem}; going back to the save before, or to the start")
                 if self.writes:  # aside: the next save must not push the good one out
                     path.replace(self.folder / "damaged.safetensors")
                 continue
-            self._compare(facts)
+            self._compare(before, bit_exact)
             return state
         return None
 
-    def _compare(self, facts: dict[str, Any]) -> None:
-        before = facts["environment"]
+    def _compare(self, before: dict[str, Any], bit_exact: bool) -> None:
         changed = [
             f"{name} {before.get(name)} -> {now}" for name, now in self.environment.items() if before.get(name) != now
         ]
-        self.bit_exact = facts["bit_exact"] and not changed
+        self.bit_exact = bit_exact and not changed
         if changed:
             self._say(
                 f"resuming in another environment ({'; '.join(changed)}): the result is as good, but not identical to "
@@ -100,11 +127,33 @@ class Resumable:
             )
 
     def save(self, state: TrainingState) -> None:
-        """Keep this state, and the one before it until the next save."""
+        """Keep this state, once it reads back well, and the one before it until the next save.
+
+        Raises:
+            OSError: What was written does not read back; the saves before it stay.
+        """
         if not self.writes:
             return
-        aside: Path = self.folder / "next.safetensors"
-        save_state(aside, state, {"environment": self.environment, "bit_exact": self.bit_exact})
+        began = time.monotonic()
+        aside = self.folder / "next.safetensors"
+        save_state(aside, state, {"environment": self.environment, "bit_exact": self.bit_exact, "about": self.about})
+        forget_cached(aside)
+        try:
+            load_state(aside)
+        except ValueError as problem:
+            raise OSError(
+                f"the state just written reads back damaged ({problem}); the one before is kept. The disk or the "
+                "memory of this machine may be failing: go on with the same command on another one"
+            ) from problem
         if self.newest.is_file():
             self.newest.replace(self.previous)
         aside.replace(self.newest)
+        flush_folder(self.folder)
+        self.seconds_of_a_save = time.monotonic() - began
+
+
+def forget_cached(path: Path) -> None:
+    """Drop a written file from memory where the system lets us (Linux), so that reading it asks the disk."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

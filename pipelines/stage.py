@@ -5,33 +5,38 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 from dino.files import in_words
-from pipelines import params
+from pipelines import params, paths
+from pipelines.ending import EXIT_REQUEUE
+from pipelines.lock import hold
 from pipelines.seconds import note_seconds
 
 USER_ERRORS = (ValueError, FloatingPointError, OSError)
 EXIT_ERROR = 1
-EXIT_REQUEUE = 75  # EX_TEMPFAIL: interrupted with its state saved; run the same command again
-EXIT_INTERRUPTED = 130  # as shells say it: 128 + SIGINT
 SHOW_TRACEBACK = "DINO_TRACEBACK"
 
 
 class Requeue(SystemExit):
-    """The stage was asked to stop and saved what it had; running it again goes on from there."""
+    """The stage was asked to stop and saved what it had; running it again goes on from there (exit code 75)."""
 
 
 def run_stage(name: str, main: Callable[[params.Params], None]) -> None:
-    """Run one stage and leave the process with its exit code."""
+    """Run one stage and leave the process with its exit code: 0, 1 or 75.
+
+    One process a stage and working directory: where DVC was killed, its stage may still be saving when the next
+    `dvc repro` comes.
+    """
     began = time.perf_counter()
     try:
-        main(params.load())
+        settings = params.load()
+        with only_one(name, settings.runtime.wait_for_lock_minutes):
+            main(settings)
     except Requeue as stopped:
-        print(f"{name}: {stopped}", file=sys.stderr)
+        with suppress(OSError):  # who read us may have ended too
+            print(f"{name}: {stopped}", file=sys.stderr)
         sys.exit(EXIT_REQUEUE)
-    except KeyboardInterrupt:
-        print(f"\n{name}: interrupted; nothing half-written stays, run the same command again", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
     except USER_ERRORS as error:
         if os.environ.get(SHOW_TRACEBACK):
             traceback.print_exc()
@@ -39,3 +44,10 @@ def run_stage(name: str, main: Callable[[params.Params], None]) -> None:
         print(f"\n{name} failed: {text}\n(set {SHOW_TRACEBACK}=1 to see where in the code)", file=sys.stderr)
         sys.exit(EXIT_ERROR)
     note_seconds(name, time.perf_counter() - began)
+
+
+def only_one(name: str, wait_minutes: float) -> AbstractContextManager[None]:
+    """The lock of a stage in this working directory; of several ranks the first holds it for all."""
+    if os.environ.get("RANK", "0") != "0":
+        return nullcontext()
+    return hold(paths.RUNNING / name, f"runs stage {name} here", wait_minutes)

@@ -32,6 +32,7 @@ PLUMBING = {
     for name in (
         *("__init__", "quiet", "params", "paths", "stage", "seconds", "progress", "launch", "resumable"),
         *("tracking", "mlflow_store", "row", "view", "workspace", "sync", "ui", "table"),
+        *("stages/__init__", "ending", "lock", "save_clock", "states"),
         *("graph", "warden", "flow", "serve", "local_server", "summary"),
         *("verify", "sweep", "trace", "promote"),
     )

@@ -3,70 +3,35 @@
 import csv
 import math
 import os
-import signal
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
+
+import torch
 
 from dino.checkpoint import BACKBONE_FORMAT, save_tensors
 from dino.config import PretrainConfig
 from dino.curve import CURVE_COLUMNS, run_length
 from dino.distributed import World
 from dino.files import whole_file
-from dino.fingerprint import intent_key
 from dino.health import Diagnosis, diagnose
 from dino.images import ImageTable
 from dino.networks import backbone_arch
-from dino.precision import NAMES, resolve_precision
+from dino.precision import NAMES
 from dino.pretrain import Interrupted, pretrain
 from dino.training_state import TrainingState, save_state
 from pipelines import paths, tracking
 from pipelines.crop_sheet import crop_sheet
+from pipelines.ending import StopRequest
+from pipelines.intent import resolve
 from pipelines.params import Params
 from pipelines.progress import progress
 from pipelines.resumable import Resumable, environment
+from pipelines.save_clock import SaveClock
 from pipelines.stage import Requeue, run_stage
-from pipelines.warden import PR_SET_PDEATHSIG, prctl
 
 SHEET_IMAGES = 8
-
-
-class StopRequest:
-    """Whether TERM or INT asked to stop: the first saves and ends, a second one ends at once.
-
-    The parent's death asks too, as USR1, which never ends at once: where a whole group gets TERM, the parent's death
-    follows at its heels and must not count as the second.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._ask)
-        prctl(PR_SET_PDEATHSIG, signal.SIGUSR1)  # where DVC is killed outright, no orphan trains on
-
-    def _ask(self, number: int, frame: object) -> None:
-        self.asked = True
-        if number != signal.SIGUSR1:
-            signal.signal(number, signal.SIG_DFL)
-
-    def __call__(self) -> bool:
-        """Whether to stop."""
-        return self.asked
-
-
-def every(minutes: float) -> Callable[[], bool]:
-    """True once each so many minutes."""
-    last = time.monotonic()
-
-    def due() -> bool:
-        nonlocal last
-        if time.monotonic() - last < 60 * minutes:
-            return False
-        last = time.monotonic()
-        return True
-
-    return due
 
 
 def main(params: Params) -> None:
@@ -74,18 +39,23 @@ def main(params: Params) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # repeatable products on CUDA, set before its start
     table = ImageTable(paths.TRAIN_IMAGES)
     with World.start() as world:
-        chosen = asdict(params.pretrain) | {"precision": resolve_precision(params.pretrain.precision, world.device)}
-        config, data_md5 = PretrainConfig(**chosen), table.digest()
-        key = intent_key(chosen, data_md5)
-        stop = StopRequest()
-        with (
-            Resumable(key, environment(world.size, world.device), writes=world.is_main) as resumable,
-            tracking.pretraining(params, key, resolved=chosen) as tracker,
-        ):
-            due = every(params.runtime.pretrain.save_minutes)
+        config, key = resolve(params.pretrain, table, world.device)
+        resumable = Resumable(
+            key,
+            environment(world.size, world.device),
+            about={"params": asdict(config), "total_steps": run_length(config, len(table))[1]},
+            writes=world.is_main,
+            wait_minutes=params.runtime.wait_for_lock_minutes,
+        )
+        with resumable, tracking.pretraining(params, key, resolved=asdict(config)) as tracker:
+            stop = StopRequest()
+            often = params.runtime.pretrain
+            clock = SaveClock(often.save_minutes, often.save_steps, lambda: resumable.seconds_of_a_save)
+            due = clock if world.is_main else lambda: False  # one rank's word is enough, and each has its own clock
             final = train(config, table, world, resumable, tracker, key, should_save=due, should_stop=stop)
             if world.is_main:
-                write_results(config, table, final, key, data_md5, resumable.bit_exact)
+                bit_exact = resumable.bit_exact and config.deterministic
+                write_results(config, table, final, key, table.digest(), bit_exact)
 
 
 def train(
@@ -111,6 +81,7 @@ def train(
         world.barrier()
     _, total_steps = run_length(config, len(table))
     first = state.step if state else 0
+    refuse_different_states(world, first)
     images = (total_steps - first) * config.batch
     if world.is_main:
         print(
@@ -145,6 +116,20 @@ def train(
     if first < total_steps:
         resumable.save(final)  # a lost lock, or DVC killed before it recorded the outs, then costs seconds
     return final
+
+
+def refuse_different_states(world: World, step: int) -> None:
+    """All ranks go on from one state.
+
+    Raises:
+        ValueError: They found states of different steps.
+    """
+    steps = world.gather_rows(torch.tensor([step])).tolist()
+    if len(set(steps)) > 1:
+        raise ValueError(
+            f"the ranks found saved states of different steps ({', '.join(map(str, steps))}): {paths.work_dir()} must "
+            "be one folder that every machine sees; the environment variable DINO_ROOT names its parent"
+        )
 
 
 def write_results(

@@ -1,11 +1,15 @@
 """States of a KEY: the newest that verifies, one trainer at a time, another environment told and recorded."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import pytest
@@ -93,6 +97,23 @@ def test_a_corrupt_newest_state_is_told_and_the_one_before_resumed(
     assert capsys.readouterr().err == ""
 
 
+def test_a_state_that_reads_back_damaged_never_replaces_a_good_one(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that loses a bit, just after the file was written."""
+    resumable = opened(5, 6)
+
+    def flip_a_bit(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[-20] ^= 4
+        path.write_bytes(content)
+
+    monkeypatch.setattr("pipelines.resumable.forget_cached", flip_a_bit)
+    with pytest.raises(OSError, match=r"reads back damaged.*the one before is kept"):
+        resumable.save(state(7))
+    assert (load_state(resumable.newest)[0].step, load_state(resumable.previous)[0].step) == (6, 5)
+
+
 def test_both_corrupt_is_a_new_start_told(opened: Opened, capsys: pytest.CaptureFixture[str]) -> None:
     resumable = opened(1, 2)
     for path in (resumable.newest, resumable.previous):
@@ -119,17 +140,49 @@ def test_a_kill_at_any_moment_of_a_save_loses_one_interval_at_most(opened: Opene
 def test_a_second_trainer_of_the_key_is_refused_until_the_first_ends(opened: Opened) -> None:
     with (
         Resumable(KEY, HERE),
-        pytest.raises(ValueError, match=rf"another process trains this very setting .*{KEY}\); wait for it or stop it"),
+        pytest.raises(
+            ValueError, match=rf"^process {os.getpid()} on {gethostname()} trains this .*{KEY}\); wait for it"
+        ),
     ):
         opened()
     opened(), opened(key=OTHER)
+
+
+def test_waiting_for_the_first_trainer_is_told_and_ends_with_it(
+    opened: Opened, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = Resumable(KEY, HERE)
+    with first:
+        first.save(state(3))
+        threading.Timer(0.5, first.__exit__, (None, None, None)).start()
+        assert step_of(opened(wait_minutes=1).load()) == 3
+    assert re.match(r"process \d+ on .*: waiting for its end, up to 1 minutes\n$", capsys.readouterr().err)
+
+
+def test_waiting_in_vain_ends_with_the_same_message(opened: Opened) -> None:
+    with Resumable(KEY, HERE), pytest.raises(ValueError, match=r"still, after 0\.01 minutes \(runtime\.wait_for_lock"):
+        opened(wait_minutes=0.01)
+
+
+def test_the_lock_of_a_folder_removed_meanwhile_is_no_lock(opened: Opened) -> None:
+    """Who waited holds a file that nobody else can find: it locks the new one."""
+    first = Resumable(KEY, HERE).__enter__()
+    waiting = threading.Thread(target=opened, kwargs={"wait_minutes": 1})
+    waiting.start()
+    while threading.active_count() < 2:
+        pass
+    shutil.rmtree(first.folder)
+    first.__exit__()
+    waiting.join()
+    with pytest.raises(ValueError, match="trains this very setting"):
+        opened()
 
 
 def test_the_lock_of_a_killed_process_is_free(opened: Opened) -> None:
     hold = f"""
 import sys, time
 from pipelines.resumable import Resumable
-held = Resumable({KEY!r}, {{}})
+held = Resumable({KEY!r}, {{}}).__enter__()
 print("held", flush=True)
 time.sleep(600)
 """
@@ -137,7 +190,7 @@ time.sleep(600)
     process = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True, cwd=project)
     try:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match="another process"):
+        with pytest.raises(ValueError, match=f"process {process.pid} on "):
             opened()
     finally:
         process.kill()
