@@ -39,6 +39,7 @@ class PretrainConfig:
     epochs: int = 100
     batch: int = 256
     micro_batches: int = 1
+    snapshot_epochs: int = 10
 
     arch: str = "vit_small"
     patch_size: int = 16
@@ -116,8 +117,8 @@ class PretrainConfig:
 def _ranges(c: PretrainConfig) -> list[tuple[bool, str, str]]:
     """(holds, field, cure) of each single value."""
     shares = ("flip", "jitter_p", "grayscale_p", "center_momentum", "ema_momentum")
-    at_least_one = ("epochs", "batch", "micro_batches", "patch_size", "out_dim", "hidden_dim", "bottleneck_dim",
-                    "head_layers", "global_px", "local_px")  # fmt: skip
+    at_least_one = ("epochs", "batch", "micro_batches", "snapshot_epochs", "patch_size", "out_dim", "hidden_dim",
+                    "bottleneck_dim", "head_layers", "global_px", "local_px")  # fmt: skip
     positive = ("position_std", "student_temp", "teacher_temp_start", "teacher_temp", "lr_at_256")
     not_negative = ("seed", "local_crops", "brightness", "contrast", "saturation", "lr_final", "warmup_epochs",
                     "weight_decay", "weight_decay_final", "clip_norm", "freeze_last_layer_epochs",

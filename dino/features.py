@@ -42,7 +42,7 @@ def pixel_features(*, resize_px: int, crop_px: int) -> Extractor:
 
 
 def feature_batches(
-    extractors: Sequence[Extractor], table: ImageTable, rows: range, *, batch: int, world: World
+    extractors: Sequence[Extractor], table: ImageTable, rows: Sequence[int], *, batch: int, world: World
 ) -> Iterator[list[Tensor]]:
     """Features [B, D] of these rows by each extractor, on the CPU, batch after batch in order, on every rank.
 
@@ -51,7 +51,7 @@ def feature_batches(
     Args:
         extractors: they see the same decoded images.
         table: where the images are.
-        rows: of the table, a contiguous range.
+        rows: of the table.
         batch: images at once on each rank.
         world: the ranks that share the work; all must call this alike.
     """
@@ -65,7 +65,7 @@ def feature_batches(
         yield [world.gather_rows(features_BD).cpu() for features_BD in found]
 
 
-def _decoded_ahead(table: ImageTable, batches: Sequence[range]) -> Iterator[ImageBatch]:
+def _decoded_ahead(table: ImageTable, batches: Sequence[Sequence[int]]) -> Iterator[ImageBatch]:
     waiting: deque[Future[ImageBatch]] = deque()
     with ThreadPoolExecutor(1) as decoder:
         for rows in batches:
@@ -76,7 +76,7 @@ def _decoded_ahead(table: ImageTable, batches: Sequence[range]) -> Iterator[Imag
             yield waiting.popleft().result()
 
 
-def _decode(table: ImageTable, rows: range) -> ImageBatch:
+def _decode(table: ImageTable, rows: Sequence[int]) -> ImageBatch:
     if rows:
         return table.batch(rows)
     # more ranks than images are left: this one has none, but takes part

@@ -23,6 +23,7 @@ from dino.model import DINO
 from dino.networks import backbone_arch, build_dino
 from dino.optimizer import build_optimizer, clip_each_gradient, freeze_last_layer, set_schedule
 from dino.schedules import cosine, teacher_temperature
+from dino.snapshots import kept_epochs
 from dino.training_state import TrainingState, capture, restore
 
 MicroBatch = tuple[list[Tensor], list[Tensor | None]]  # crops, and each crop's draws of stochastic depth
@@ -198,6 +199,7 @@ def pretrain(
     precision: torch.dtype,
     state: TrainingState | None = None,
     report: Callable[[int, dict[str, float]], None] = lambda step, point: None,
+    snapshot: Callable[[int, dict[str, Tensor]], None] = lambda epoch, backbone: None,
     save: Callable[[TrainingState], None] = lambda state: None,
     should_save: Callable[[], bool] = lambda: False,
     should_stop: Callable[[], bool] = lambda: False,
@@ -211,6 +213,7 @@ def pretrain(
         precision: Of the matrix products: torch.float32 or torch.bfloat16.
         state: A saved state to go on from; the result is the same to the bit as without the interruption.
         report: Called after each step, with a point of the curve at some and an empty dict at the others.
+        snapshot: Called at the end of the epochs to keep with the teacher's backbone; copy what should last.
         save: Called with the state to keep; every rank calls it, the main one should write.
         should_save: Asked after each step; one rank's True is true for all.
         should_stop: Asked after each step, likewise; True saves and raises Interrupted.
@@ -254,6 +257,11 @@ def pretrain(
             point = curve.add(step, result, center, vars(settings), partial(first_features, dino, batches), world)
             center = result.center
             report(step, point)
+            epoch, step_of_epoch = divmod(step, steps_per_epoch)
+            if step_of_epoch == 0 and epoch in kept_epochs(config):
+                backbone = dino.teacher.backbone.state_dict()
+                curve.refuse_not_finite(backbone, step)
+                snapshot(epoch, backbone)
             stop, keep = world.any(should_stop(), should_save())
             if stop or keep:
                 kept = capture(step, curve.points, dino, optimizer, center, curve.loss_sum)

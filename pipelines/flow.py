@@ -23,7 +23,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Completed, Failed
 
 from pipelines import paths, summary
-from pipelines.graph import Outcome, StageResult, StageRunner, rerun_command, select, stage_graph
+from pipelines.graph import Outcome, StageResult, StageRunner, rerun_command, stage_graph, stages_for
 from pipelines.local_server import local_server
 
 DESCRIPTION = "Bring the pipeline's stages up to date, in the order of DVC's graph"
@@ -42,7 +42,7 @@ def pipeline(targets: list[str] | None = None, force: bool = False) -> State:
     """
     began = time.monotonic()
     graph = stage_graph()
-    plan = select(graph, targets or [])
+    plan = stages_for(graph, targets or [])
     results: dict[str, StageResult] = {}
     with StageRunner(force=force, env=flow_run_environment()) as runner:
 
@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(_not_said_by_us)
     try:
-        select(stage_graph(), options.targets)  # before a server is started for nothing
+        stages_for(stage_graph(), options.targets)  # before a server is started for nothing
         if not PREFECT_API_URL.value():
             # Ended after main, at exit: only then has Prefect sent its last log lines.
             server = contextlib.ExitStack()

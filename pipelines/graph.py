@@ -83,7 +83,7 @@ def _in_full(error: BaseException | None) -> str:
     return ": ".join(texts)
 
 
-def select(graph: Graph, targets: Iterable[str]) -> Graph:
+def stages_for(graph: Graph, targets: Iterable[str]) -> Graph:
     """The part of `graph` that `targets` need, themselves included; all of it without targets.
 
     Raises:

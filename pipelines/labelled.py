@@ -1,6 +1,6 @@
 """Labels joined to features by split and id; images without a label are left out."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -54,10 +54,18 @@ class Labels:
         named = labelled["name"].fillna(labelled["label"].astype(str))
         return {int(label): str(name) for label, name in zip(labelled["label"], named, strict=True)}
 
-    def why_not(self) -> str:
-        """Why nothing can be evaluated with these labels; empty if it can."""
+    def of(self, split: str) -> dict[str, int | None]:
+        """Label of each image of a split by id; None where it has none."""
+        rows = self.table[self.table["split"] == split]
+        return {
+            image_id: None if pd.isna(label) else int(label)
+            for image_id, label in zip(rows["id"], rows["label"], strict=True)
+        }
+
+    def why_not(self, splits: Iterable[str] = tuple(paths.IMAGES)) -> str:
+        """Why nothing can be evaluated on these splits with these labels; empty if it can."""
         labelled = self.table["label"].notna().groupby(self.table["split"]).sum()
-        counts = {split: int(labelled.get(split, 0)) for split in paths.IMAGES}
+        counts = {split: int(labelled.get(split, 0)) for split in splits}
         if not any(counts.values()):
             return "the images have no labels"
         lacking = [split for split, count in counts.items() if not count]

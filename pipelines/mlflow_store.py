@@ -411,6 +411,7 @@ def add_evaluation(store: Store, row: Row, key: str, evaluation: EvaluationConte
     row.add_summaries(evaluation.summaries)
     row.add_tags(evaluation.tags)
     row.add_files(evaluation.files)
+    row.add_points((step, _now_ms(), values) for step, values in evaluation.points)
     row.tell()
     if CHILD_OF_TAG in row.tags:
         row.end("FINISHED")

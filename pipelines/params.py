@@ -22,6 +22,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 MAX_BYTES = 1_000_000  # of params.yaml; the repository's own has some thousand
 PILLOWS_MAX_PIXELS = 178_956_970  # beyond it Pillow itself refuses an image
+CHECKPOINTS = ("last", "best")
 
 
 class Section(BaseModel):
@@ -60,6 +61,28 @@ class Embed(Section):
             raise ValueError(
                 f"crop_px ({self.crop_px}) is larger than resize_px ({self.resize_px}): choose at most that"
             )
+        return self
+
+
+class Select(Section):
+    """Stage select."""
+
+    checkpoint: int | str
+    bank_images: Count
+    val_images: Count
+    seed: Annotated[int, Field(ge=0)]
+    neighbours: Count
+    temperature: Annotated[float, Field(gt=0)]
+
+    @model_validator(mode="after")
+    def _checkpoint_is_named(self) -> "Select":
+        named = isinstance(self.checkpoint, str)
+        if named and self.checkpoint not in CHECKPOINTS:
+            close = get_close_matches(str(self.checkpoint), CHECKPOINTS, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise ValueError(f"checkpoint is {self.checkpoint!r}: {hint}choose last, best or the number of an epoch")
+        if not named and int(self.checkpoint) < 1:
+            raise ValueError(f"checkpoint is {self.checkpoint}: the first epoch is 1")
         return self
 
 
@@ -129,6 +152,7 @@ class Params(Section):
 
     data: Data
     pretrain: Pretrain
+    select: Select
     embed: Embed
     knn: Knn
     probe: Probe

@@ -15,11 +15,15 @@ LABELS = Path("data/prepared/labels.parquet")
 SAMPLES_PICTURE = Path("plots/samples.png")
 DATA_METRICS = Path("metrics/data.json")
 
-TEACHER = Path("models/teacher.safetensors")
+SNAPSHOTS = Path("models/snapshots")
 TRAINING_STATE = Path("models/training_state.safetensors")
 PRETRAIN_METRICS = Path("metrics/pretrain.json")
 PRETRAIN_CURVES = Path("plots/pretrain.csv")
 CROPS_PICTURE = Path("plots/crops.png")
+
+TEACHER = Path("models/teacher.safetensors")
+SELECT_METRICS = Path("metrics/select.json")
+SELECT_CURVES = Path("plots/select.csv")
 
 FEATURES = Path("features")
 KNN_METRICS = Path("metrics/knn.json")

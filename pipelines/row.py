@@ -18,7 +18,7 @@ from typing import Any
 
 from dino.config import VITS
 
-EVALUATION_SECTIONS = ("embed", "knn", "probe")
+EVALUATION_SECTIONS = ("select", "embed", "knn", "probe")
 VERSIONS = ("torch", "torchvision", "numpy", "dvc", "mlflow", "prefect")
 TABLES = ("_by_", "class_balance")  # one number a setting or a class: the JSON file, logged whole, keeps them
 Point = tuple[int, dict[str, float]]
@@ -60,6 +60,7 @@ class EvaluationContent:
     summaries: dict[str, float] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     files: list[tuple[Path, str]] = field(default_factory=list)
+    points: list[Point] = field(default_factory=list)
 
 
 def plain(settings: Any) -> dict[str, Any]:
@@ -80,13 +81,13 @@ def texts(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def evaluation_digest(settings: Mapping[str, Any]) -> str:
-    """Twelve hex digits of the settings that evaluation reads (embed, knn, probe)."""
+    """Twelve hex digits of the settings that evaluation reads (EVALUATION_SECTIONS)."""
     chosen = {section: settings.get(section) for section in EVALUATION_SECTIONS}
     return hashlib.md5(json.dumps(chosen, sort_keys=True).encode(), usedforsecurity=False).hexdigest()[:12]
 
 
 def evaluation_params(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Params of the sections embed, knn and probe."""
+    """Params of EVALUATION_SECTIONS."""
     found: dict[str, str] = {}
     for section in EVALUATION_SECTIONS:
         found |= flat_params(section, settings.get(section) or {})

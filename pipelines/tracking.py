@@ -298,17 +298,19 @@ def pretraining(params: Any, key: str, *, resolved: Mapping[str, Any] | None = N
             r.add_summaries({"seconds/pretrain": sum(earlier) + spent})
             r.end(status)
 
-        if status == "FINISHED" and (found := _found_in_workspace(key, settings)):
+        if status == "FINISHED" and (found := _found_in_workspace(key, settings, workspace.a_snapshot())):
             whole = found.content
             tracker.submit(lambda r: r.complete(whole))
         tracker.submit(end)
         tracker.close()
 
 
-def _found_in_workspace(key: str, settings: Mapping[str, Any]) -> workspace.Workspace | None:
-    """What the working directory holds of this key; None while its teacher is not there."""
+def _found_in_workspace(
+    key: str, settings: Mapping[str, Any], checkpoint: Path = paths.TEACHER
+) -> workspace.Workspace | None:
+    """What the working directory holds of this key; None while its checkpoint is not there."""
     try:
-        found = workspace.gather(settings)
+        found = workspace.gather(settings, checkpoint)
     except (OSError, ValueError, KeyError):
         return None
     return found if found.content.key == key else None
@@ -319,6 +321,7 @@ def evaluation(
     stage: str,
     metrics: Mapping[str, Any],
     *,
+    points: Sequence[row.Point] = (),
     pictures: Sequence[str | Path] = (),
     params: Any = None,
 ) -> None:
@@ -331,6 +334,7 @@ def evaluation(
         key: The checkpoint's key.
         stage: knn or probe.
         metrics: What the JSON file shall hold.
+        points: Of curves, by the step of the training.
         pictures: Files to show beside the numbers.
         params: All of params.yaml; read from the working directory if not given.
 
@@ -347,6 +351,7 @@ def evaluation(
         summaries=numbers,
         tags=words,
         files=[(path, "metrics"), *row.files_in("pictures", pictures)],
+        points=list(points),
     )
     _into_row(key, settings, content)
 

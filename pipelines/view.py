@@ -29,7 +29,7 @@ COLUMNS = {
 }
 # Charts of the compared runs, one step axis; a metric without one gets its own chart below these.
 SCORES = ("knn/val_top1", "probe/val_top1", "knn/test_top1")
-CURVES = ("loss", "teacher_entropy", "kl", "rank_me", "grad_norm", "images_per_second")
+CURVES = ("loss", "snapshot/val_top1", "teacher_entropy", "kl", "rank_me", "grad_norm", "images_per_second")
 
 
 def _chart(kind: str, section: str, metric: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pipelines import paths, row
 from pipelines.params import Params
 
 LOCK = Path("dvc.lock")
-EVALUATIONS = {"knn": paths.KNN_METRICS, "probe": paths.PROBE_METRICS}
+EVALUATIONS = {"select": paths.SELECT_METRICS, "knn": paths.KNN_METRICS, "probe": paths.PROBE_METRICS}
 PICTURES = (paths.SAMPLES_PICTURE, paths.CROPS_PICTURE)
 PAGE_FORMATS = (".html", ".png", ".css", ".js", ".svg")
 
@@ -90,7 +90,7 @@ def teacher_metadata(path: Path = paths.TEACHER) -> dict[str, Any]:
         ValueError: a file that this project did not write.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; `dvc repro pretrain` makes it, `dvc pull` fetches it")
+        raise FileNotFoundError(f"{path} is missing; `dvc repro select` makes it, `dvc pull` fetches it")
     try:
         with safe_open(path, framework="numpy") as file:
             return dict(json.loads((file.metadata() or {})["dino"]))
@@ -134,22 +134,28 @@ def data_lineage(lock: Lock, folder: str, images: Mapping[str, int] | None = Non
     ]
 
 
-def gather(settings: Mapping[str, Any]) -> Workspace:
-    """Everything that the working directory holds about models/teacher.safetensors.
+def a_snapshot() -> Path:
+    """A snapshot of the training: what its stage leaves before the teacher is selected."""
+    return min(paths.SNAPSHOTS.glob("epoch_*.safetensors"), default=paths.SNAPSHOTS / "epoch_0001.safetensors")
+
+
+def gather(settings: Mapping[str, Any], checkpoint: Path = paths.TEACHER) -> Workspace:
+    """Everything that the working directory holds about its checkpoint.
 
     Args:
         settings: params.yaml, for sections that dvc.lock does not hold yet.
+        checkpoint: A backbone that names the training; unless it is the teacher, evaluations are left out.
 
     Raises:
-        FileNotFoundError: no teacher.
-        ValueError: a teacher that this project did not write.
+        FileNotFoundError: no such file.
+        ValueError: one that this project did not write.
     """
-    teacher, lock, left_out = teacher_metadata(), Lock(), []
-    key, md5, locked = teacher["key"], file_md5(paths.TEACHER), _as_validated({**settings, **lock.params()})
-    held = lock.outs().get(str(paths.TEACHER)) == md5
+    teacher, lock, left_out = teacher_metadata(checkpoint), Lock(), []
+    key, md5, locked = teacher["key"], file_md5(checkpoint), _as_validated({**settings, **lock.params()})
+    held = lock.outs().get(str(checkpoint)) == md5
     if not held:
         left_out.append(
-            f"{paths.TEACHER} is not the one that {LOCK} holds, so the md5s and evaluations of {LOCK} are left out; "
+            f"{checkpoint} is not the one that {LOCK} holds, so the md5s and evaluations of {LOCK} are left out; "
             "`dvc checkout` or `dvc repro` brings them together"
         )
     summaries: dict[str, float] = {}
@@ -171,12 +177,13 @@ def gather(settings: Mapping[str, Any]) -> Workspace:
         | (row.flat_params("data", locked.get("data", {})) if held else {}),
         tags=tags
         | ({"dino.data_md5": teacher["data_md5"]} if "data_md5" in teacher else {})
-        | (row.md5_tags(lock.outs("fetch", "prepare", "pretrain")) if held else {}),
+        | (row.md5_tags(lock.outs("fetch", "prepare")) if held else {})
+        | (row.md5_tags(lock.outs("pretrain")) if held and _selected_from_these_snapshots(lock) else {}),
         summaries=summaries,
         points=points,
         points_digest=file_md5(paths.PRETRAIN_CURVES) if points else "",
         data=data_lineage(lock, folder, read_json(paths.DATA_METRICS).get("images")) if held else [],
-        teacher_md5=md5,
+        teacher_md5=md5 if checkpoint == paths.TEACHER else None,
         files=row.files_in("pictures", PICTURES)
         + row.files_in("metrics", [paths.PRETRAIN_METRICS, paths.DATA_METRICS]),
     )
@@ -210,17 +217,35 @@ def _evaluation(lock: Lock, locked: Mapping[str, Any], left_out: list[str]) -> r
         digest=row.evaluation_digest(locked),
         params=row.evaluation_params(locked),
         summaries=summaries,
-        tags=tags | row.md5_tags(lock.outs("embed", "knn", "probe")),
+        tags=tags | row.md5_tags(lock.outs("select", "embed", "knn", "probe")),
         files=files + list(_report()),
+        points=_snapshot_points(lock),
     )
+
+
+def _selected_from_these_snapshots(lock: Lock) -> bool:
+    """Whether the teacher in dvc.lock is of the training there."""
+    snapshots = str(paths.SNAPSHOTS)
+    return lock.deps("select").get(snapshots) == lock.outs("pretrain").get(snapshots)
+
+
+def _snapshot_points(lock: Lock) -> list[row.Point]:
+    """Curves of the snapshots' scores."""
+    path = paths.SELECT_CURVES
+    if not path.is_file() or lock.outs("select").get(str(path)) != file_md5(path):
+        return []
+    return [
+        (step, {f"snapshot/{name}": value for name, value in values.items() if name != "epoch"})
+        for step, values in read_curve(path)
+    ]
 
 
 def _not_of_teacher(lock: Lock, stage: str, path: Path) -> str:
     """Why the metrics of an evaluation stage are not those of the teacher in dvc.lock, or ""."""
     teacher, features = str(paths.TEACHER), str(paths.FEATURES)
-    if lock.deps("embed").get(teacher) != lock.outs("pretrain").get(teacher):
+    if stage != "select" and lock.deps("embed").get(teacher) != lock.outs("select").get(teacher):
         return "its features are of another teacher"
-    if lock.deps(stage).get(features) != lock.outs("embed").get(features):
+    if stage != "select" and lock.deps(stage).get(features) != lock.outs("embed").get(features):
         return "it was computed on other features"
     if lock.outs(stage).get(str(path)) != file_md5(path):
         return f"its content is not what {LOCK} holds"

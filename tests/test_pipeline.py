@@ -36,7 +36,7 @@ TINY = {
     "knn": {"neighbours": [1, 5, 20]},
     "probe": {"epochs": 5, "lrs": [0.1, 1.0]},
 }
-STAGES = ["fetch", "prepare", "pretrain", "embed", "knn", "probe", "report"]
+STAGES = ["fetch", "prepare", "pretrain", "select", "embed", "knn", "probe", "report"]
 
 
 def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -3,14 +3,15 @@
 import csv
 import math
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
-from dino.checkpoint import BACKBONE_FORMAT, save_tensors
 from dino.config import PretrainConfig
 from dino.curve import CURVE_COLUMNS, run_length
 from dino.distributed import World
@@ -20,6 +21,7 @@ from dino.images import ImageTable
 from dino.networks import backbone_arch
 from dino.precision import NAMES
 from dino.pretrain import Interrupted, pretrain
+from dino.snapshots import Snapshots, kept_epochs, teacher_backbone
 from dino.training_state import TrainingState, save_state
 from pipelines import paths, tracking
 from pipelines.crop_sheet import crop_sheet
@@ -35,7 +37,7 @@ SHEET_IMAGES = 8
 
 
 def main(params: Params) -> None:
-    """Train, resuming where a run of the same KEY was interrupted, and write teacher, state, curve and metrics."""
+    """Train, resuming where a run of the same KEY was interrupted, and write snapshots, state, curve and metrics."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # repeatable products on CUDA, set before its start
     table = ImageTable(paths.TRAIN_IMAGES)
     with World.start() as world:
@@ -52,10 +54,28 @@ def main(params: Params) -> None:
             often = params.runtime.pretrain
             clock = SaveClock(often.save_minutes, often.save_steps, lambda: resumable.seconds_of_a_save)
             due = clock if world.is_main else lambda: False  # one rank's word is enough, and each has its own clock
-            final = train(config, table, world, resumable, tracker, key, should_save=due, should_stop=stop)
+            facts = describe(config, table, key)
+            snapshots = Snapshots(resumable.folder, facts, run_length(config, len(table))[0])
+            final, lost = train(config, table, world, resumable, snapshots, tracker, should_save=due, should_stop=stop)
             if world.is_main:
+                snapshots.publish(paths.SNAPSHOTS, [epoch for epoch in kept_epochs(config) if epoch not in lost])
+                save_state(paths.TRAINING_STATE, final, facts)
                 bit_exact = resumable.bit_exact and config.deterministic
-                write_results(config, table, final, key, table.digest(), bit_exact)
+                write_results(config, table, final, facts, lost, bit_exact)
+
+
+def describe(config: PretrainConfig, table: ImageTable, key: str) -> dict[str, Any]:
+    """Facts of every checkpoint of this training; nothing in them varies from run to run."""
+    return {
+        "arch": backbone_arch(config, table.channels),
+        "seed": config.seed,
+        "channels": table.channels,
+        "mean": table.mean,
+        "std": table.std,
+        "params": asdict(config),
+        "data_md5": table.digest(),
+        "key": key,
+    }
 
 
 def train(
@@ -63,13 +83,13 @@ def train(
     table: ImageTable,
     world: World,
     resumable: Resumable,
+    snapshots: Snapshots,
     tracker: tracking.Tracker,
-    key: str,
     *,
     should_save: Callable[[], bool],
     should_stop: Callable[[], bool],
-) -> TrainingState:
-    """The final state; the main rank tells how it goes.
+) -> tuple[TrainingState, Sequence[int]]:
+    """The final state, and epochs whose snapshots are lost; the main rank tells how it goes.
 
     Raises:
         Requeue: should_stop said so; the state is saved.
@@ -82,13 +102,20 @@ def train(
     _, total_steps = run_length(config, len(table))
     first = state.step if state else 0
     refuse_different_states(world, first)
+    lost = snapshots.check(kept_epochs(config), state.step, state.tensors) if state and world.is_main else {}
     images = (total_steps - first) * config.batch
     if world.is_main:
         print(
             f"pretrain: {len(table):,} images, {config.epochs} epochs, {total_steps:,} steps of {config.batch} on "
-            f"{world.device.type} in {config.precision}, key {key}"
+            f"{world.device.type} in {config.precision}, key {snapshots.facts['key']}"
             + (f"; resuming after step {first:,}" if first else ""),
             flush=True,
+        )
+    for epoch, problem in lost.items():
+        print(
+            f"pretrain: the snapshot of epoch {epoch} is lost ({problem}) and left out; only a training from the "
+            f"start makes it again: remove {resumable.folder} to have one",
+            file=sys.stderr,
         )
     with progress("pretrain:", images) if world.is_main else nullcontext(lambda more, note="": None) as advance:
         began = time.monotonic()
@@ -107,6 +134,7 @@ def train(
                 precision=NAMES[config.precision],
                 state=state,
                 report=report,
+                snapshot=snapshots.save if world.is_main else lambda epoch, backbone: None,
                 save=resumable.save,
                 should_save=should_save,
                 should_stop=should_stop,
@@ -115,7 +143,7 @@ def train(
             raise Requeue(f"{stopped}; its state is saved, run the same command again to go on") from None
     if first < total_steps:
         resumable.save(final)  # a lost lock, or DVC killed before it recorded the outs, then costs seconds
-    return final
+    return final, [*lost]
 
 
 def refuse_different_states(world: World, step: int) -> None:
@@ -133,30 +161,17 @@ def refuse_different_states(world: World, step: int) -> None:
 
 
 def write_results(
-    config: PretrainConfig, table: ImageTable, final: TrainingState, key: str, data_md5: str, bit_exact: bool
+    config: PretrainConfig,
+    table: ImageTable,
+    final: TrainingState,
+    facts: Mapping[str, Any],
+    snapshots_lost: Sequence[int],
+    bit_exact: bool,
 ) -> None:
-    """Everything DVC keeps of a training; nothing in it varies from run to run."""
-    arch = backbone_arch(config, table.channels)
-    facts = {
-        "arch": arch,
-        "seed": config.seed,
-        "channels": table.channels,
-        "mean": table.mean,
-        "std": table.std,
-        "params": asdict(config),
-        "data_md5": data_md5,
-        "key": key,
-    }
-    backbone = {
-        name.removeprefix("teacher.backbone."): tensor
-        for name, tensor in final.tensors.items()
-        if name.startswith("teacher.backbone.")
-    }
-    save_tensors(paths.TEACHER, backbone, {**facts, "format": BACKBONE_FORMAT})
-    save_state(paths.TRAINING_STATE, final, facts)
+    """What DVC keeps of a training to look at; nothing in it varies from run to run."""
     write_curve(final.curve)
     crop_sheet(table, config, paths.CROPS_PICTURE)
-    health = diagnose_run(config, final, len(table), width=arch["embed_dim"])
+    health = diagnose_run(config, final, len(table), width=facts["arch"]["embed_dim"])
     steps_per_epoch, total_steps = run_length(config, len(table))
     last_epoch = [point for point in final.curve if point["step"] > total_steps - steps_per_epoch]
     last = final.curve[-1]
@@ -170,10 +185,11 @@ def write_results(
             "epochs": config.epochs,
             "steps": total_steps,
             "images_seen": total_steps * config.batch,
-            "parameters": sum(tensor.numel() for tensor in backbone.values()),
+            "parameters": sum(tensor.numel() for tensor in teacher_backbone(final.tensors).values()),
             "precision": config.precision,
-            "key": key,
+            "key": facts["key"],
             "bit_exact": bit_exact,
+            "snapshots_lost": list(snapshots_lost),
         },
     )
     print(f"pretrain: {health.state}. {health.advice}")

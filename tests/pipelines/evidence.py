@@ -33,6 +33,21 @@ def scores(top1: float) -> dict[str, Any]:
     } | {"protocol": "weighted k-NN on stored features"}  # fmt: skip
 
 
+SNAPSHOT = {"val_top1": 0.7, "rank_me": 20.5, "feature_std": 0.1}
+SNAPSHOTS = {4: 60, 5: 80}  # epoch and step
+
+
+def selected() -> dict[str, Any]:
+    """metrics/select.json."""
+    found = {str(epoch): {"epoch": epoch, "step": step, **SNAPSHOT} for epoch, step in SNAPSHOTS.items()}
+    return {**found["5"], "scores_by_epoch": found, "checkpoint": "last", "words": "No later checkpoint is worse."}
+
+
+def snapshot_points() -> list[tuple[int, dict[str, float]]]:
+    """What stage select tells MLflow."""
+    return [(step, {f"snapshot/{name}": value for name, value in SNAPSHOT.items()}) for step in SNAPSHOTS.values()]
+
+
 def curve_points() -> list[tuple[int, dict[str, float]]]:
     return [
         (step, {"epoch": float(step // 40), "loss": math.log(1024) - step / 50, "lr": 1e-6 * step}) for step in STEPS
@@ -46,7 +61,10 @@ def lay(root: Path, *, key: str = "k1", seed: int = 0, knn: float = 0.8, probe: 
     (root / paths.PARAMS).write_text(yaml.safe_dump(SETTINGS))
     teacher = {"format": "dino-backbone-1", "params": RESOLVED, "data_md5": "d" * 32, "key": key, "seed": 0}
     weights = np.random.default_rng(seed).normal(size=(8, 8)).astype(np.float32)
-    save_file({"cls_token": weights}, root / paths.TEACHER, metadata={"dino": json.dumps(teacher)})
+    snapshot = root / paths.SNAPSHOTS / "epoch_0005.safetensors"
+    for path in (root / paths.TEACHER, snapshot):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"cls_token": weights}, path, metadata={"dino": json.dumps(teacher)})
     for path in (*paths.IMAGES.values(), paths.LABELS, paths.TRAINING_STATE):
         (root / path).write_bytes(str(path).encode())
     (root / "features/trained.parquet").write_bytes(weights.tobytes())
@@ -54,6 +72,11 @@ def lay(root: Path, *, key: str = "k1", seed: int = 0, knn: float = 0.8, probe: 
                                       "class_balance": {"T-shirt & top": 30}, "mean": [0.1]})  # fmt: skip
     _json(root / paths.PRETRAIN_METRICS, {"loss": 5.5, "epochs": 5, "images_seen": 450, "key": key,
                                           "health": {"state": "healthy", "advice": ""}})  # fmt: skip
+    _json(root / paths.SELECT_METRICS, selected())
+    with (root / paths.SELECT_CURVES).open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["step", "epoch", *SNAPSHOT])
+        writer.writerows([step, epoch, *SNAPSHOT.values()] for epoch, step in SNAPSHOTS.items())
     _json(root / paths.KNN_METRICS, scores(knn))
     _json(root / paths.PROBE_METRICS, scores(probe))
     with (root / paths.PRETRAIN_CURVES).open("w", newline="") as file:
@@ -84,7 +107,8 @@ def write_lock(root: Path, settings: dict[str, Any] = SETTINGS) -> None:
         "schema": "2.0",
         "stages": {
             "prepare": stage([], [*images, paths.LABELS, paths.DATA_METRICS], "data"),
-            "pretrain": stage(images[:1], [paths.TEACHER, paths.TRAINING_STATE, paths.PRETRAIN_METRICS], "pretrain"),
+            "pretrain": stage(images[:1], [paths.SNAPSHOTS, paths.TRAINING_STATE, paths.PRETRAIN_METRICS], "pretrain"),
+            "select": stage([paths.SNAPSHOTS], [paths.TEACHER, paths.SELECT_METRICS, paths.SELECT_CURVES], "select"),
             "embed": stage([paths.TEACHER], [paths.FEATURES], "embed"),
             "knn": stage([paths.FEATURES, paths.LABELS], [paths.KNN_METRICS], "knn"),
             "probe": stage([paths.FEATURES, paths.LABELS], [paths.PROBE_METRICS], "probe"),

@@ -19,6 +19,7 @@ from dino.config import PretrainConfig
 from dino.images import write_image_table
 from dino.vision_transformer import VisionTransformer
 from pipelines.feature_file import feature_writer
+from pipelines.stages.select import COLUMNS as SELECT_COLUMNS
 
 REPOSITORY = Path(__file__).parents[2]
 SIDE_PX, WIDTH, PROTOTYPES = 12, 16, 64
@@ -123,8 +124,25 @@ def _write_metrics(
         "loss": 3.21, "teacher_entropy": 1.2, "kl": 2.0, "health": health, "epochs": 2, "steps": 40,
         "images_seen": 12345, "key": KEY, "precision": "fp32", "parameters": 54321,
     }  # fmt: skip
-    for name, values in {"data": data, "pretrain": training, "knn": knn, "probe": probe}.items():
+    snapshots = {
+        str(epoch): {"step": 20 * epoch, "epoch": epoch, "rank_me": 3.0 + epoch, "feature_std": 0.1 * epoch}
+        | (
+            {"val_top1": 0.5 + 0.1 * epoch, "val_top1_low": 0.4 + 0.1 * epoch, "val_top1_high": 0.6 + 0.1 * epoch}
+            if names
+            else {}
+        )
+        for epoch in (1, 2)
+    }
+    select = {
+        "checkpoint": "last", **snapshots["2"], "scores_by_epoch": snapshots, "bank_images": 36, "val_images": 9,
+        "words": "k-NN on val went from 60.0 % (epoch 1) to 70.0 % (epoch 2), the highest.",
+    }  # fmt: skip
+    for name, values in {"data": data, "pretrain": training, "select": select, "knn": knn, "probe": probe}.items():
         (root / f"metrics/{name}.json").write_text(json.dumps(values), encoding="utf-8")
+    with (root / "plots/select.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=SELECT_COLUMNS)
+        writer.writeheader()
+        writer.writerows(snapshots.values())
     header = ["step", "epoch", "loss", "teacher_entropy", "batch_entropy", "kl", "feature_std", "rank_me", "lr",
               "weight_decay", "ema_momentum", "teacher_temp", "grad_norm"]  # fmt: skip
     with (root / "plots/pretrain.csv").open("w", newline="", encoding="utf-8") as file:

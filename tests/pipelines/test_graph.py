@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import MEET, PROJECT, TRAIN, lives, pid_in, repository, wait_until
 
-from pipelines.graph import Graph, Outcome, StageRunner, rerun_command, select, stage_graph
+from pipelines.graph import Graph, Outcome, StageRunner, rerun_command, stage_graph, stages_for
 
 # DVC's own use of pygtrie
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")
@@ -92,15 +92,15 @@ def needs_in_any_way(graph: Graph, stage: str, other: str) -> bool:
 @given(graphs(), st.data())
 def test_selection_is_the_targets_and_what_they_need(graph, data):
     targets = data.draw(st.sets(st.sampled_from(list(graph)), min_size=1))
-    assert list(select(graph, targets).items()) == [
+    assert list(stages_for(graph, targets).items()) == [
         (s, needs) for s, needs in graph.items() if any(needs_in_any_way(graph, t, s) for t in targets)
     ]
-    assert select(graph, []) == graph
+    assert stages_for(graph, []) == graph
 
 
 def test_an_unknown_target_is_an_error_that_guesses():
     with pytest.raises(ValueError, match=r"no stage 'prboe'; did you mean probe\?"):
-        select({"knn": (), "probe": ()}, ["prboe"])
+        stages_for({"knn": (), "probe": ()}, ["prboe"])
 
 
 def test_outcomes_are_dvcs(tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from dino.training_state import load_state
 
 PROJECT = Path(__file__).parents[2]
 OUTS = [
-    *("models/teacher.safetensors", "models/training_state.safetensors", "metrics/pretrain.json"),
+    *("models/snapshots/epoch_0001.safetensors", "models/snapshots/epoch_0002.safetensors"),
+    *("models/training_state.safetensors", "metrics/pretrain.json"),
     *("plots/pretrain.csv", "plots/crops.png"),
 ]
 IMAGES, BATCH, EPOCHS = 160, 4, 2
@@ -114,7 +116,7 @@ def test_killed_in_mid_epoch_elsewhere_and_run_again_it_leaves_the_same_bytes(
 ) -> None:
     place = Workplace(tmp_path / "another" / "directory")
     process = place.start(hash_seed=2)
-    wait_for(process, lambda: place.saved_step() > STEPS_PER_EPOCH // 2)
+    wait_for(process, lambda: place.saved_step() > STEPS_PER_EPOCH * 3 // 2)  # the first snapshot is made by then
     end(process, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     killed_at = place.saved_step()
@@ -156,9 +158,10 @@ def test_its_parents_death_makes_it_save_even_when_both_were_told_to_end(tmp_pat
 
 
 def test_the_results_say_what_made_them(quiet_run: Workplace) -> None:
-    backbone, facts = load_backbone(quiet_run.root / "models/teacher.safetensors")
+    backbone, facts = load_backbone(quiet_run.root / "models/snapshots/epoch_0002.safetensors")
     table = (quiet_run.root / "data/prepared/train.arrow").read_bytes()
     metrics = quiet_run.metrics()
+    assert (facts["epoch"], facts["step"]) == (EPOCHS, STEPS)
     assert facts["data_md5"] == hashlib.md5(table).hexdigest()
     assert facts["key"] == metrics["key"] and facts["params"]["precision"] == metrics["precision"] == "fp32"
     assert facts["params"]["epochs"] == metrics["epochs"] == EPOCHS
@@ -173,6 +176,34 @@ def test_the_results_say_what_made_them(quiet_run: Workplace) -> None:
     rows = (quiet_run.root / "plots/pretrain.csv").read_text().splitlines()
     assert rows[0].startswith("step,epoch,loss,kl,") and rows[-1].startswith(f"{STEPS},{EPOCHS}.0,")
     assert len(rows) == 1 + len(state.curve)
+
+
+def test_a_snapshot_that_was_lost_meanwhile_is_told_and_left_out(
+    quiet_run: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last one is not lost: the final state holds the same weights."""
+    from pipelines import params
+    from pipelines.stages import pretrain as stage
+
+    root = tmp_path / "copy"
+    shutil.copytree(quiet_run.root, root)
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(stage, "StopRequest", lambda: lambda: False)  # pytest's own signals stay as they are
+    monkeypatch.delenv("DINO_ROOT", raising=False)
+    monkeypatch.setenv("DINO_DEVICE", "cpu")
+    shutil.rmtree(root / "models")
+    (folder,) = (root / ".work/pretrain").iterdir()
+    (folder / "epoch_0001.safetensors").write_bytes(b"")
+    (folder / "epoch_0002.safetensors").unlink()
+    stage.main(params.load())
+    assert f"the snapshot of epoch 1 is lost ({folder / 'epoch_0001.safetensors'} is no checkpoint" in (
+        capsys.readouterr().err
+    )
+    assert [path.name for path in (root / "models/snapshots").iterdir()] == ["epoch_0002.safetensors"]
+    last = "models/snapshots/epoch_0002.safetensors"
+    assert (root / last).read_bytes() == (quiet_run.root / last).read_bytes()
+    assert json.loads((root / "metrics/pretrain.json").read_text())["snapshots_lost"] == [1]
+    assert quiet_run.metrics()["snapshots_lost"] == []
 
 
 def in_this_process(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> int:

@@ -32,6 +32,8 @@ def pipeline() -> None:
     with tracking.pretraining(evidence.SETTINGS, "k1", resolved=evidence.RESOLVED) as tracker:
         for step, values in evidence.curve_points():  # as the trainer's points are, with their own step inside
             tracker.log_curve_points([(step, {"step": step, **values})])
+    points = evidence.snapshot_points()
+    tracking.evaluation("k1", "select", evidence.selected(), points=points, params=evidence.SETTINGS)
     tracking.evaluation("k1", "knn", evidence.scores(0.8), params=evidence.SETTINGS)
     tracking.evaluation("k1", "probe", evidence.scores(0.82), params=evidence.SETTINGS)
     tracking.report("k1", pages=["report/index.html"], params=evidence.SETTINGS)
@@ -57,6 +59,8 @@ def test_a_colleague_who_pulled_sees_the_same_row(home: Path, empty_database: Pa
         d.dataset.digest for d in mine.inputs.dataset_inputs
     ]
     assert witness.curve(colleague, "loss") == witness.curve(home, "loss")
+    assert witness.curve(home, "snapshot/val_top1") == [(60, 0.7), (80, 0.7)]
+    assert witness.curve(colleague, "snapshot/val_top1") == witness.curve(home, "snapshot/val_top1")
     assert (colleague / "mlartifacts" / theirs.info.run_id / "artifacts/report/index.html").is_file()
 
 
@@ -141,7 +145,7 @@ def test_without_a_teacher_the_command_says_what_to_do(
     paths.TEACHER.unlink()
     assert sync.main() == 1
     assert capsys.readouterr().err == (
-        "sync: models/teacher.safetensors is missing; `dvc repro pretrain` makes it, `dvc pull` fetches it\n"
+        "sync: models/teacher.safetensors is missing; `dvc repro select` makes it, `dvc pull` fetches it\n"
     )
     paths.TEACHER.write_bytes(b"cut")
     assert sync.main() == 1
