@@ -14,6 +14,7 @@ from dino.backbones import seeded_backbone
 from dino.files import whole_file
 
 BACKBONE_FORMAT = "dino-backbone-1"
+RESTORE = "restore it (`dvc checkout`), or run the stage that writes it"
 FACTS = "dino"  # the one metadata entry: safetensors writes several in no fixed order, and bytes must repeat
 
 
@@ -49,9 +50,11 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             known = facts.pop("crc32")
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} is no checkpoint of this project, or it is cut short ({error!r})") from error
+        raise ValueError(
+            f"{path} is no checkpoint of this project, or it is cut short ({error!r}); {RESTORE}"
+        ) from error
     if known != _checksum(tensors, facts):
-        raise ValueError(f"{path} was altered or damaged: its checksum does not match; restore it")
+        raise ValueError(f"{path} was altered or damaged: its checksum does not match; {RESTORE}")
     return tensors, facts
 
 
@@ -68,7 +71,9 @@ def load_backbone(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         backbone = seeded_backbone(facts["arch"], seed=0)  # so that reading a file draws from no one's generator
         backbone.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: weights do not fit its own architecture {facts.get('arch')}: {error}") from error
+        raise ValueError(
+            f"{path}: weights do not fit its own architecture {facts.get('arch')}: {error}; {RESTORE}"
+        ) from error
     return backbone.eval(), facts
 
 

@@ -120,7 +120,7 @@ class ImageTable:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_file():
-            raise ValueError(f"no image table at {self.path}; prepare the data first")
+            raise ValueError(f"no image table at {self.path}; prepare the data first (`dvc repro prepare`)")
         try:
             table, facts = _read_table(self.path)
         except NO_TABLE as problem:

@@ -80,4 +80,11 @@ def load_state(path: str | Path) -> tuple[TrainingState, dict[str, Any]]:
     tensors, facts = load_tensors(path)
     if facts.pop("format", None) != STATE_FORMAT:
         raise ValueError(f"{path} is no training state")
-    return TrainingState(facts.pop("step"), tensors, facts.pop("curve")), facts
+    step, curve = facts.pop("step", None), facts.pop("curve", None)
+    if type(step) is not int or step < 0 or not isinstance(curve, list) or not all(map(_is_point, curve)):
+        raise ValueError(f"{path} is no training state: its step is {step!r}, or its curve is damaged")
+    return TrainingState(step, tensors, curve), facts
+
+
+def _is_point(point: Any) -> bool:
+    return isinstance(point, dict) and "step" in point and all(isinstance(x, int | float) for x in point.values())

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from pipelines import paths
+from pipelines.reading import reading
 
 
 class Error(NamedTuple):
@@ -37,14 +38,15 @@ class Confusion:
         if not paths.KNN_PREDICTIONS.is_file():
             return None
         # A class may be named "nan" or "NA": every word is a name.
-        table = pd.read_csv(paths.KNN_PREDICTIONS, dtype=str, keep_default_na=False)
-        if table.empty:
-            return None
-        found = {*table["actual"], *table["predicted"]}
-        order = [name for name in names if name in found]
-        order += sorted(found.difference(order))
-        crossed = pd.crosstab(table["actual"], table["predicted"]).reindex(index=order, columns=order, fill_value=0)
-        return Confusion(order, crossed.to_numpy())
+        with reading(paths.KNN_PREDICTIONS, "knn"):
+            table = pd.read_csv(paths.KNN_PREDICTIONS, dtype=str, keep_default_na=False)
+            found = {*table["actual"], *table["predicted"]}
+            if table.empty:
+                return None
+            order = [name for name in names if name in found]
+            order += sorted(found.difference(order))
+            crossed = pd.crosstab(table["actual"], table["predicted"]).reindex(index=order, columns=order, fill_value=0)
+            return Confusion(order, crossed.to_numpy())
 
     @property
     def shares(self) -> np.ndarray:

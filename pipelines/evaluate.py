@@ -10,7 +10,7 @@ import torch
 from dino.distributed import World
 from dino.intervals import wilson_interval
 from pipelines import tracking
-from pipelines.feature_file import read_features, read_key
+from pipelines.feature_file import read_features, read_key, refuse_mixed
 from pipelines.labelled import LabelledRows, Labels
 from pipelines.params import Params
 
@@ -56,6 +56,7 @@ def evaluate(
         ValueError: features are missing, or of other images than the labels.
     """
     labels = Labels.read()
+    refuse_mixed()
     judged: dict[str, Judged] = {}
     metrics: dict[str, Any] = {"skipped": labels.why_not()}
     if not metrics["skipped"]:

@@ -17,6 +17,7 @@ import torch
 
 from dino.files import whole_file
 from pipelines import paths
+from pipelines.reading import reading
 
 GROUP_ROWS = 4096
 FACTS = b"dino"  # metadata: {"kind": ..., "key": of the checkpoint, or null}
@@ -71,7 +72,12 @@ def read_key(kind: str) -> str:
     Raises:
         ValueError: there is no such file, or it is none of ours.
     """
-    return str(_facts(paths.features_file(kind))["key"])
+    path = paths.features_file(kind)
+    with reading(path, "embed"):
+        key = _facts(path, kind)["key"]
+        if not isinstance(key, str):
+            raise TypeError(f"its key is {key!r}")
+    return key
 
 
 def read_features(kind: str) -> Features:
@@ -81,23 +87,45 @@ def read_features(kind: str) -> Features:
         ValueError: there is no such file, or it is none of ours.
     """
     path = paths.features_file(kind)
-    key = _facts(path)["key"]
-    table = pq.read_table(path)
-    column = table.column("features").combine_chunks()
-    values = column.flatten().to_numpy(zero_copy_only=False)
-    rows_ND = torch.from_numpy(values.astype(np.float32).reshape(len(table), -1))
-    if values.dtype == np.uint8:
-        rows_ND /= 255
-    splits, ids = (table.column(name).to_numpy() for name in ("split", "id"))
+    with reading(path, "embed"):
+        key = _facts(path, kind)["key"]
+        table = pq.read_table(path, columns=["split", "id", "features"])
+        if (found := [str(field.type) for field in table.schema][:2]) != ["string", "string"]:
+            raise TypeError(f"split and id are of type {', '.join(found)}")
+        column = table.column("features").combine_chunks()
+        if not pa.types.is_fixed_size_list(column.type) or column.type.value_type not in (pa.float32(), pa.uint8()):
+            raise TypeError(f"features are of type {column.type}")
+        if any(part.null_count for part in (*table.columns, column.flatten())):
+            raise ValueError("a value is missing")
+        values = column.flatten().to_numpy(zero_copy_only=False)
+        rows_ND = torch.from_numpy(values.astype(np.float32).reshape(len(table), column.type.list_size))
+        if values.dtype == np.uint8:
+            rows_ND /= 255
+        if not rows_ND.isfinite().all():
+            raise ValueError("not all features are finite: has the training diverged?")
+        splits, ids = (table.column(name).to_numpy() for name in ("split", "id"))
+        if len({*zip(splits, ids, strict=True)}) < len(ids):
+            raise ValueError("an image stands there twice")
     return Features(path, splits, ids, rows_ND, key)
 
 
-def _facts(path: Path) -> dict[str, str | None]:
-    if not path.is_file():
-        raise ValueError(f"no {path}; `dvc repro embed` writes it")
-    try:
-        return dict(json.loads((pq.read_schema(path).metadata or {})[FACTS]))
-    except (pa.ArrowException, OSError, KeyError, ValueError) as problem:
+def refuse_mixed() -> None:
+    """Refuse features of the trained and the untrained network that come from different trainings.
+
+    Raises:
+        ValueError: they do, or a file is missing or none of ours.
+    """
+    trained, untrained = (read_key(kind) for kind in ("trained", "untrained"))
+    if trained != untrained:
         raise ValueError(
-            f"{path} is no feature file ({problem!r}); `dvc repro -f -s embed` writes it anew"
-        ) from problem
+            f"{paths.features_file('trained')} comes from the training with the key {trained}, "
+            f"{paths.features_file('untrained')} from {untrained}; `dvc repro -f -s embed` writes both anew"
+        )
+
+
+def _facts(path: Path, kind: str) -> dict[str, str | None]:
+    """What the file says of itself; for a block that reads it."""
+    facts = dict(json.loads((pq.read_schema(path).metadata or {})[FACTS]))
+    if facts["kind"] != kind:
+        raise ValueError(f"it holds the features {facts['kind']!r} under another name")
+    return facts

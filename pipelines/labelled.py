@@ -5,13 +5,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import pandas as pd
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from pipelines import paths
 from pipelines.feature_file import Features
+from pipelines.reading import reading
 
 IMAGE = ["split", "id"]
+TYPES = {"split": "string", "id": "string", "label": "int64", "name": "string"}
 
 
 class LabelledRows(NamedTuple):
@@ -40,12 +43,20 @@ class Labels:
         """Read it.
 
         Raises:
-            ValueError: there is no such file.
+            ValueError: there is no such file, or it is damaged.
         """
-        if not paths.LABELS.is_file():
-            raise ValueError(f"no {paths.LABELS}; `dvc repro prepare` writes it")
-        columns = [*IMAGE, "label", "name"]
-        return Labels(pd.read_parquet(paths.LABELS, columns=columns, dtype_backend="numpy_nullable"))
+        with reading(paths.LABELS, "prepare"):
+            types = {field.name: str(field.type) for field in pq.read_schema(paths.LABELS)}
+            if wrong := [f"{name}: {types.get(name)}" for name, right in TYPES.items() if types.get(name) != right]:
+                raise TypeError(f"columns of other types: {', '.join(wrong)}")
+            table = pd.read_parquet(paths.LABELS, columns=[*TYPES], dtype_backend="numpy_nullable")
+            if table[IMAGE].isna().any(axis=None):
+                raise ValueError("an image has no split or no id")
+            if table.duplicated(IMAGE).any():
+                raise ValueError("an image stands there twice")
+            if (table["label"] < 0).any():
+                raise ValueError("a label is below 0")
+        return Labels(table)
 
     @property
     def names(self) -> Mapping[int, str]:

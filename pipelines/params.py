@@ -221,7 +221,7 @@ def _yaml_problem(error: Exception) -> str:
     """What is wrong on which line."""
     mark = getattr(error, "problem_mark", None)
     if not isinstance(error, yaml.MarkedYAMLError) or mark is None:
-        return str(error)
+        return f"{error}; mend it, or restore it with `git checkout {paths.PARAMS}`"
     cure = "; indent with spaces, not with a tab" if "\\t" in str(error.problem) else ""
     return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}{cure}"
 

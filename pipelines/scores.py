@@ -1,6 +1,5 @@
 """Scores of the evaluations, and what they say in plain words. Imports nothing heavy: the summary starts at once."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import paths
+from pipelines.reading import read_metrics, reading
 
 KINDS = {"pixels": "Raw pixels", "untrained": "Untrained backbone", "trained": "Trained backbone"}
 BASELINES = {"untrained": "the untrained network", "pixels": "raw pixels"}
@@ -74,9 +74,12 @@ class Evaluation:
         """From metrics/knn.json or probe.json; where there is no such file, it was left out."""
         if not path.is_file():
             return Evaluation(name, skipped="not evaluated yet")
-        values = json.loads(path.read_text(encoding="utf-8"))
-        scores = {kind: Score.read(values[kind]) for kind in KINDS if kind in values}
-        return Evaluation(name, scores, values.get("protocol", ""), values.get("skipped", ""))
+        values = read_metrics(path, path.stem)
+        with reading(path, path.stem):
+            scores = {kind: Score.read(values[kind]) for kind in KINDS if kind in values}
+            if not all(0 <= share <= 1 for s in scores.values() for share in (s.low, s.test, s.high, s.val)):
+                raise ValueError("a score is no share of 1")
+            return Evaluation(name, scores, str(values.get("protocol", "")), str(values.get("skipped", "")))
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 Reads files only, and imports nothing heavy: it is there at once.
 """
 
-import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines import paths, scores
+from pipelines.reading import read_metrics, reading
 from pipelines.scores import KINDS, Evaluation
 from pipelines.seconds import read_seconds
 
@@ -28,8 +29,9 @@ def main() -> None:
     found = scores.evaluations()
     print_scores(console, found)
     if paths.PRETRAIN_METRICS.is_file():
-        health = json.loads(paths.PRETRAIN_METRICS.read_text(encoding="utf-8")).get("health", {})
-        verdict = scores.verdict(found, health)
+        health = read_metrics(paths.PRETRAIN_METRICS, "pretrain", "health")["health"]
+        with reading(paths.PRETRAIN_METRICS, "pretrain"):
+            verdict = scores.verdict(found, health)
         console.print(Text(verdict.sentence, style=TONES[verdict.tone]))
         if verdict.advice:
             console.print(Text(verdict.advice))
@@ -86,4 +88,7 @@ def stages() -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as problem:
+        sys.exit(f"table: {problem}")

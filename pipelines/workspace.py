@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from pipelines import paths, row
 from pipelines.params import Params
+from pipelines.reading import DAMAGE, read_metrics, reading
 
 LOCK = Path("dvc.lock")
 EVALUATIONS = {"select": paths.SELECT_METRICS, "knn": paths.KNN_METRICS, "probe": paths.PROBE_METRICS}
@@ -48,13 +49,17 @@ class Lock:
         Raises:
             ValueError: the file is no YAML.
         """
+        self.stages: dict[str, Any] = {}
         try:
             read = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except yaml.YAMLError as error:
+            for name, stage in ((read or {}).get("stages") or {}).items():
+                for entry in [*stage.get("deps", []), *stage.get("outs", [])]:
+                    Path(entry["path"])
+                self.stages[name] = stage
+        except (yaml.YAMLError, *DAMAGE) as error:
             raise ValueError(
                 f"{path} cannot be read ({error}); after a merge: git checkout {path}, dvc repro"
             ) from error
-        self.stages: dict[str, Any] = (read or {}).get("stages", {})
 
     def outs(self, *stages: str) -> dict[str, str]:
         """{path: md5} of the outs of these stages (none named: of all)."""
@@ -93,9 +98,14 @@ def teacher_metadata(path: Path = paths.TEACHER) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is missing; `dvc repro select` makes it, `dvc pull` fetches it")
     try:
         with safe_open(path, framework="numpy") as file:
-            return dict(json.loads((file.metadata() or {})["dino"]))
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{path} has no metadata entry `dino`: not written by this project's pretraining") from error
+            facts = dict(json.loads((file.metadata() or {})["dino"]))
+        if not (isinstance(facts["key"], str) and isinstance(facts["params"], dict)):
+            raise TypeError("key and params")
+        return facts
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} has no metadata entry `dino` with key and params: not written by this project's pretraining"
+        ) from error
     except Exception as error:  # safetensors' own error has no public base class
         raise ValueError(
             f"{path} is not a whole safetensors file ({error}); fetch it anew: dvc checkout {path}"
@@ -106,7 +116,7 @@ def read_curve(path: Path = paths.PRETRAIN_CURVES) -> list[row.Point]:
     """Points of plots/pretrain.csv: (step, the other columns as numbers; empty cells left out)."""
     if not path.is_file():
         return []
-    with path.open(encoding="utf-8", newline="") as file:
+    with reading(path, "pretrain"), path.open(encoding="utf-8", newline="") as file:
         return [
             (int(line["step"]), {name: float(v) for name, v in line.items() if name != "step" and v not in ("", None)})
             for line in csv.DictReader(file)
@@ -115,7 +125,7 @@ def read_curve(path: Path = paths.PRETRAIN_CURVES) -> list[row.Point]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A metrics file, or {} where there is none."""
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    return read_metrics(path, "prepare" if path == paths.DATA_METRICS else path.stem) if path.is_file() else {}
 
 
 def data_lineage(lock: Lock, folder: str, images: Mapping[str, int] | None = None) -> list[row.Lineage]:

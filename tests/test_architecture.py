@@ -30,7 +30,7 @@ HOMES = {
 PLUMBING = {
     f"pipelines/{name}.py"
     for name in (
-        *("__init__", "quiet", "params", "paths", "stage", "seconds", "progress", "launch", "resumable"),
+        *("__init__", "quiet", "params", "paths", "stage", "seconds", "reading", "progress", "launch", "resumable"),
         *("tracking", "mlflow_store", "row", "view", "workspace", "sync", "ui", "table"),
         *("stages/__init__", "ending", "lock", "save_clock", "states"),
         *("graph", "warden", "flow", "serve", "local_server", "summary"),

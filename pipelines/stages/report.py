@@ -3,7 +3,6 @@
 Only results stand in it, no time, host, path or run id: equal results give equal bytes.
 """
 
-import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from pipelines.confusion import Confusion
 from pipelines.drawing import DARK, LIGHT, data_uri, picture_png, png, svg
 from pipelines.gallery import Classes
 from pipelines.params import Params
+from pipelines.reading import read_metrics, reading
 from pipelines.stage import run_stage
 
 PAGE = "index.html"
@@ -48,12 +48,11 @@ def main(params: Params) -> None:
     """Write report/, and show it in MLflow."""
     _, facts = load_backbone(paths.TEACHER)
     content, figures = collect(params, facts)
+    files = {name: png(figure) for name, figure in figures.items()} | {PAGE: render(content).encode()}
     shutil.rmtree(paths.REPORT, ignore_errors=True)  # DVC has done so already; a run by hand has not
-    for name, figure in figures.items():
+    for name, data in files.items():
         with whole_file(paths.REPORT / name) as aside:
-            aside.write_bytes(png(figure))
-    with whole_file(paths.REPORT / PAGE) as aside:
-        aside.write_text(render(content), encoding="utf-8", newline="\n")
+            aside.write_bytes(data)
     pictures = [paths.REPORT / name for name in figures]
     tracking.report(facts["key"], pages=[paths.REPORT / PAGE], pictures=pictures, params=params)
     print(f"report: {(paths.REPORT / PAGE).resolve()}", flush=True)
@@ -62,12 +61,20 @@ def main(params: Params) -> None:
 def collect(params: Params, facts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Figure]]:
     """What the template shows, by its names there; and the figures, by their file's name."""
     classes, evaluations = Classes.read(), scores.evaluations()
-    training, data = read_json(paths.PRETRAIN_METRICS), read_json(paths.DATA_METRICS)
+    training = read_metrics(paths.PRETRAIN_METRICS, "pretrain", "health", "epochs", "images_seen")
+    with reading(paths.PRETRAIN_METRICS, "pretrain"):
+        verdict = scores.verdict(evaluations, training["health"])
+    data = read_metrics(paths.DATA_METRICS, "prepare")
+    with reading(paths.DATA_METRICS, "prepare"):
+        data_rows, images = list(data_facts(data)), sum(data["images"].values())
     queries = gallery.choose_queries(classes, params.report.nearest_queries)
     neighbours = gallery.neighbour_rows(classes, queries, params.report.nearest_neighbours)
     size = {"resize_px": params.embed.resize_px, "crop_px": params.embed.crop_px}
     headings, looks = gallery.look_rows(classes, queries, **size)
-    panels = charts.panels(pd.read_csv(paths.PRETRAIN_CURVES), ln_k=math.log(facts["params"]["out_dim"]))
+    with reading(paths.PRETRAIN_CURVES, "pretrain"):
+        panels = charts.panels(pd.read_csv(paths.PRETRAIN_CURVES), ln_k=math.log(facts["params"]["out_dim"]))
+        if not panels:
+            raise ValueError("no curve in it")
     confusion = Confusion.read(classes.names)
 
     figures = {"scores.png": charts.scores_figure(evaluations), "curves.png": charts.panels_figure(panels)}
@@ -79,7 +86,7 @@ def collect(params: Params, facts: Mapping[str, Any]) -> tuple[dict[str, Any], d
     counts = classes.counts()
     compared = [item.right for row in neighbours for item in row if item.right is not None]
     content = {
-        "verdict": scores.verdict(evaluations, training["health"]),
+        "verdict": verdict,
         "evaluations": evaluations,
         "kinds": scores.KINDS,
         "scale": charts.Scale.of(evaluations),
@@ -94,8 +101,8 @@ def collect(params: Params, facts: Mapping[str, Any]) -> tuple[dict[str, Any], d
         "looks": looks,
         "headings": headings,
         "arch_name": facts["params"]["arch"],
-        "images": sum(data["images"].values()),
-        "data": list(data_facts(data)),
+        "images": images,
+        "data": data_rows,
         "class_counts": counts if len(counts) <= CLASSES_LISTED_UP_TO else {},
         "largest_class": max((in_splits[0] for in_splits in counts.values()), default=0) or 1,
         "splits": list(paths.IMAGES),
@@ -121,12 +128,6 @@ def render(content: Mapping[str, Any]) -> str:
         "uri": lambda pixels: data_uri(picture_png(pixels)),
     }
     return environment.get_template(TEMPLATE.name).render(**content, light=LIGHT, dark=DARK) + "\n"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file of metrics."""
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return values
 
 
 def data_facts(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

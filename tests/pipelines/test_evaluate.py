@@ -307,7 +307,7 @@ def test_missing_and_foreign_files_are_named_with_their_cure(folder: Path) -> No
     with pytest.raises(ValueError, match=r"no features/pixels\.parquet; `dvc repro embed`"):
         evaluate("knn")
     pq.write_table(pa.table({"a": [1]}), paths.features_file("trained"))
-    with pytest.raises(ValueError, match=r"features/trained\.parquet is no feature file"):
+    with pytest.raises(ValueError, match=r"features/trained\.parquet is damaged, or not what .* embed writes"):
         evaluate("knn")
     paths.LABELS.unlink()
     with pytest.raises(ValueError, match=r"labels\.parquet; `dvc repro prepare`"):
