@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dino.backbones import seeded_backbone
 from dino.files import whole_file
 
+RESIZE_OVER_CROP = 256 / 224  # of evaluation images (the paper's)
 BACKBONE_FORMAT = "dino-backbone-1"
 RESTORE = "restore it (`dvc checkout`), or run the stage that writes it"
 FACTS = "dino"  # the one metadata entry: safetensors writes several in no fixed order, and bytes must repeat
@@ -75,6 +76,17 @@ def load_backbone(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
             f"{path}: weights do not fit its own architecture {facts.get('arch')}: {error}; {RESTORE}"
         ) from error
     return backbone.eval(), facts
+
+
+def evaluation_size(facts: dict[str, Any]) -> tuple[int, int]:
+    """Short side and centre crop, in pixels, of the images that a backbone is judged and used on.
+
+    What the checkpoint says; where it says nothing, the training's global crop and the paper's share of it.
+    """
+    if size := facts.get("evaluation"):
+        return size["resize_px"], size["crop_px"]
+    crop_px = facts["params"]["global_px"]
+    return round(crop_px * RESIZE_OVER_CROP), crop_px
 
 
 def untrained_backbone(facts: dict[str, Any]) -> nn.Module:

@@ -45,10 +45,7 @@ def _silence_pillow() -> None:
 
 
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read an encoded image: upright by its EXIF orientation, 8 bits, no alpha; mode "L" if grey, else "RGB".
-
-    Transparency is laid on white. 16-bit grey is scaled to 8 bits over its full range, float grey (0..1)
-    likewise. Of an animation, the first frame.
+    """Read an encoded image as `standard_image` makes it. Of an animation, the first frame.
 
     Args:
         data: the file's content.
@@ -57,16 +54,14 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         ValueError: it is not an image, is truncated, too large, or holds values that have no 8-bit meaning.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError  # here: importing dino needs no decoder
+    from PIL import Image, UnidentifiedImageError  # here: importing dino needs no decoder
 
     _silence_pillow()
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise _TooLargeError(f"{image.width:,} x {image.height:,} pixels")
-            image.load()
-            upright = image if image.getexif().get(ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)
-            return _eight_bits(upright)
+            return standard_image(image)
     except MemoryError:
         raise
     except (_TooLargeError, Image.DecompressionBombError, Image.DecompressionBombWarning) as problem:
@@ -81,6 +76,22 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 class _TooLargeError(Exception):
     """More pixels than allowed."""
+
+
+def standard_image(image: Image.Image) -> Image.Image:
+    """Any image of Pillow: upright by its EXIF orientation, 8 bits, no alpha; mode "L" if grey, else "RGB".
+
+    Transparency is laid on white. 16-bit grey is scaled to 8 bits over its full range, float grey (0..1)
+    likewise.
+
+    Raises:
+        ValueError: it holds values that have no 8-bit meaning.
+    """
+    from PIL import ImageOps
+
+    image.load()
+    upright = image if image.getexif().get(ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)
+    return _eight_bits(upright)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -119,12 +130,16 @@ def _on_white(image: Image.Image, grey: bool) -> Image.Image:
 
 
 def decode_image(data: bytes, channels: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decode one image to uint8 [C, H, W]; `channels` 1 (luma) or 3 (RGB; grey is repeated).
+    """Decode one image to uint8 [C, H, W]; `channels` as for `image_pixels`.
 
     Raises:
         ValueError: as `open_image`.
     """
-    image = open_image(data, max_pixels)
+    return image_pixels(open_image(data, max_pixels), channels)
+
+
+def image_pixels(image: Image.Image, channels: int) -> np.ndarray:
+    """Pixels of an image of mode "L" or "RGB", uint8 [C, H, W]; `channels` 1 (luma) or 3 (RGB; grey is repeated)."""
     pixels = np.asarray(image if image.mode == _MODES[channels] else image.convert(_MODES[channels]))
     return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 

@@ -232,7 +232,7 @@ class VisionTransformer(nn.Module):
             )
         position = self.position_embedding(height, width)
         patches = self.patch_embed(images_NCHW) + position[:, 1:]
-        cls = (self.cls_token + position[:, :1]).expand(len(patches), -1, -1)
+        cls = (self.cls_token + position[:, :1]).expand(patches.shape[0], -1, -1)
         return torch.cat([cls.to(patches.dtype), patches], dim=1)
 
     def drop_path_draws(self, images: int) -> Tensor | None:
@@ -252,7 +252,7 @@ class VisionTransformer(nn.Module):
         """
         x_NTD = self.tokens(images_NCHW)
         if uniform_L2N is None:
-            uniform_L2N = self.drop_path_draws(len(images_NCHW))
+            uniform_L2N = self.drop_path_draws(images_NCHW.shape[0])
         for layer, block in enumerate(self.blocks):
             queries = 1 if layer == len(self.blocks) - 1 else x_NTD.shape[1]
             x_NTD = block(x_NTD, queries, None if uniform_L2N is None else uniform_L2N[layer])

@@ -29,10 +29,20 @@ def run_stage(name: str, main: Callable[[params.Params], None]) -> None:
     `dvc repro` comes.
     """
     began = time.perf_counter()
-    try:
+
+    def work() -> None:
         settings = params.load()
         with only_one(name, settings.runtime.wait_for_lock_minutes):
             main(settings)
+
+    run_command(name, work)
+    note_seconds(name, time.perf_counter() - began)
+
+
+def run_command(name: str, work: Callable[[], None]) -> None:
+    """Do the work; where it fails, or is asked to stop, say so in one message and leave the process (1 or 75)."""
+    try:
+        work()
     except Requeue as stopped:
         with suppress(OSError):  # who read us may have ended too
             print(f"{name}: {stopped}", file=sys.stderr)
@@ -43,7 +53,6 @@ def run_stage(name: str, main: Callable[[params.Params], None]) -> None:
         text = in_words(error) if isinstance(error, OSError) else error
         print(f"\n{name} failed: {text}\n(set {SHOW_TRACEBACK}=1 to see where in the code)", file=sys.stderr)
         sys.exit(EXIT_ERROR)
-    note_seconds(name, time.perf_counter() - began)
 
 
 def only_one(name: str, wait_minutes: float) -> AbstractContextManager[None]:

@@ -26,8 +26,10 @@ HOMES = {
     "torch.distributed": {"dino/distributed.py"},
 }
 
+# Commands on a finished result: they compute, for no stage, so no stage needs them.
+TOOLS = {f"pipelines/{name}.py" for name in ("embed", "embedded", "export")}
 # Changes here rerun nothing: none of it computes what stands in an out.
-PLUMBING = {
+PLUMBING = {"dino/__init__.py"} | {
     f"pipelines/{name}.py"
     for name in (
         *("__init__", "quiet", "params", "paths", "stage", "seconds", "reading", "progress", "launch", "resumable"),
@@ -160,10 +162,11 @@ def test_stages_know_no_other_stage(file):
 
 
 def test_no_module_is_beyond_the_law():
-    """Every module of pipelines/ is a stage, computes for one, or is plumbing."""
+    """Every module of pipelines/ is a stage, computes for one, is plumbing, or a tool that no stage uses."""
     used = {file for stage in STAGES for file in code_of(f"pipelines/stages/{stage}.py")}
     idle = set(files("pipelines")) - used - PLUMBING
-    assert not {file for file in idle if computes(file)}
+    assert {file for file in idle if computes(file)} == TOOLS
+    assert not used & TOOLS
 
 
 def dependencies(stage: str) -> set[str]:
@@ -229,6 +232,15 @@ def test_the_flow_names_no_stage():
     texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     assert not (texts | names) & set(STAGES)
+
+
+def test_importing_dino_loads_nothing_heavy():
+    run(
+        "import sys; before = set(sys.modules); import dino; dino.load\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "assert new <= sys.stdlib_module_names | {'dino'}, new\n"
+        "assert 'dino.checkpoint' not in sys.modules"
+    )
 
 
 def run(code: str) -> None:

@@ -38,10 +38,9 @@ def read_folder(folder: Path) -> ImageSet:
         )
     if not folder.is_dir():
         raise ValueError(f"data.folder is '{folder}', which is a file; give the folder that holds the images")
-    files = _files(folder)
-    images = [path for path in files if _maybe_image(folder / path)]
+    images, other_files = find_images(folder)
     if not images:
-        found = f"{len(files):,} files, none of them an image" if files else "nothing"
+        found = f"{other_files:,} files, none of them an image" if other_files else "nothing"
         raise ValueError(
             f"data.folder is '{folder}', which holds {found}; put images there "
             "(PNG, JPEG, WEBP, BMP, TIFF, GIF; hidden files do not count), or name another folder in params.yaml"
@@ -51,15 +50,26 @@ def read_folder(folder: Path) -> ImageSet:
     names = sorted({name for name in classes if name is not None})
     number = {name: index for index, name in enumerate(names)}
     labels = [None if name is None else number[name] for name in classes]
-    entries = [Entry(_printable(p), split, label) for p, split, label in zip(images, splits, labels, strict=True)]
+    entries = [Entry(printable(p), split, label) for p, split, label in zip(images, splits, labels, strict=True)]
     return ImageSet(
         entries,
-        [_printable(name) for name in names] or None,
-        read=lambda index: _read(folder / images[index]),
+        [printable(name) for name in names] or None,
+        read=lambda index: read_file(folder / images[index]),
         official=False,
         layout=_layout(splits, classes),
-        other_files=len(files) - len(images),
+        other_files=other_files,
     )
+
+
+def find_images(folder: Path) -> tuple[list[PurePosixPath], int]:
+    """Images below a folder (by suffix or first bytes), relative and sorted; how many other files there are.
+
+    Raises:
+        OSError: a folder in it can't be read.
+    """
+    files = _files(folder)
+    images = [path for path in files if _maybe_image(folder / path)]
+    return images, len(files) - len(images)
 
 
 def _files(folder: Path) -> list[PurePosixPath]:
@@ -83,7 +93,7 @@ def _refuse(error: OSError) -> None:
     raise error
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
     """The bytes of a file.
 
     Raises:
@@ -156,6 +166,6 @@ def _layout(splits: Sequence[str], classes: Sequence[str | None]) -> str:
     return where + f"{count:,} class folders" + "".join(f"; {split}/ has no class folders" for split in without)
 
 
-def _printable(path: PurePosixPath | str) -> str:
+def printable(path: PurePosixPath | str) -> str:
     """A name that is no UTF-8, with its odd bytes escaped."""
     return os.fsencode(str(path)).decode("utf-8", "backslashreplace")
