@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from dino.memory import keep_freed_memory
+
 
 def _choose_device(size: int, local_rank: int) -> torch.device:
     """DINO_DEVICE if set, else cuda, mps or cpu by what is there; each rank of a machine its own GPU.
@@ -71,6 +73,8 @@ class World:
     def start(cls) -> Iterator["World"]:
         """The detected world with its ranks joined (NCCL on CUDA, gloo elsewhere), left again at the end."""
         world = cls.detect()
+        if world.device.type == "cpu":
+            keep_freed_memory()
         if world.device.type == "cuda":
             torch.cuda.set_device(world.device)
         if world.size == 1:

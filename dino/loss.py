@@ -24,35 +24,34 @@ def teacher_probabilities(teacher_out: Tensor, center: Tensor, teacher_temp: flo
 class _ViewCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy over all (teacher view, other student view) pairs.
 
-    With s = student / temperature and lse its logsumexp, the sum over pairs of -p_q . log_softmax(s_v) is
-    sum_v n_v lse_v - sum_q p_q . (sum_v s_v - s_q), n_v being the teacher views that differ from v. So one
-    logsumexp per row and two dot products per image do it, without a pair loop; the gradient is closed too.
+    The sum over pairs of -p_q . l_v, l being student log-probabilities, is -sum_q p_q . (sum_v l_v - l_q): one
+    log-softmax a view and two dot products an image do it, without a pair loop. The gradient is closed too, and made
+    on the way, view by view: what is K wide and lives longer than a view is the gradient and the sum.
     """
 
     @staticmethod
     def forward(ctx: Any, student_VBK: Tensor, target_QBK: Tensor, temperature: float) -> Tensor:
         V, B, _ = student_VBK.shape
-        scores_VBK = wide(student_VBK) / temperature
-        lse_VB = torch.logsumexp(scores_VBK, dim=-1)
-        total_BK = scores_VBK.sum(dim=0)
-        matched = sum((target_QBK[q] * (total_BK - scores_VBK[q])).sum() for q in range(GLOBAL_VIEWS))
         pairs = GLOBAL_VIEWS * (V - 1)
-        weighted_lse = GLOBAL_VIEWS * lse_VB.sum() - lse_VB[:GLOBAL_VIEWS].sum()
-        ctx.save_for_backward(student_VBK, target_QBK, lse_VB)
-        ctx.temperature = temperature
-        return (weighted_lse - matched) / (pairs * B)
+        both_BK = target_QBK.sum(dim=0)
+        others_VBK = [*reversed(target_QBK.unbind())] + [both_BK] * (V - GLOBAL_VIEWS)
+        gradient_VBK = torch.empty_like(student_VBK) if ctx.needs_input_grad[0] else None
+        matched = both_BK.new_zeros(())
+        for v, others_BK in enumerate(others_VBK):
+            log_BK = torch.log_softmax(wide(student_VBK[v]) / temperature, dim=-1)
+            matched = matched + torch.dot(others_BK.flatten(), log_BK.flatten())
+            if gradient_VBK is not None:
+                weight = GLOBAL_VIEWS - (v < GLOBAL_VIEWS)  # teacher views that differ from this one
+                difference_BK = log_BK.exp_().mul_(weight).sub_(others_BK)
+                gradient_VBK[v] = difference_BK.mul_(1 / (pairs * B * temperature))
+        ctx.save_for_backward(gradient_VBK)
+        return -matched / (pairs * B)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        student_VBK, target_QBK, lse_VB = ctx.saved_tensors
-        V, B, _ = student_VBK.shape
-        grad_VBK = torch.exp(wide(student_VBK) / ctx.temperature - lse_VB[..., None])
-        grad_VBK[GLOBAL_VIEWS:] *= GLOBAL_VIEWS
-        grad_VBK[GLOBAL_VIEWS:] -= target_QBK.sum(dim=0)
-        grad_VBK[0] -= target_QBK[1]
-        grad_VBK[1] -= target_QBK[0]
-        grad_VBK *= grad_outputs[0] / (GLOBAL_VIEWS * (V - 1) * B * ctx.temperature)
-        return grad_VBK.to(student_VBK.dtype), None, None
+        (gradient_VBK,) = ctx.saved_tensors
+        return gradient_VBK * grad_outputs[0].to(gradient_VBK.dtype), None, None
 
 
 def dino_loss(

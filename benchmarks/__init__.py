@@ -1,0 +1,1 @@
+"""Times beside peers: each module is a command that prints one JSON line; needs what `dino` needs."""
