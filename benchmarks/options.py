@@ -4,7 +4,7 @@ import argparse
 
 import torch
 
-from dino.config import ARCHITECTURES, PretrainConfig
+from dino.config import VITS, PretrainConfig
 from dino.networks import backbone_arch
 
 
@@ -19,7 +19,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def add_network(options: argparse.ArgumentParser) -> None:
     """Network, head, crops and batch."""
-    options.add_argument("--arch", default="vit_small", choices=ARCHITECTURES)
+    options.add_argument("--arch", default="vit_small", choices=VITS)
     options.add_argument("--patch-size", type=int, default=16)
     options.add_argument("--global-px", type=int, default=224)
     options.add_argument("--local-px", type=int, default=96)
