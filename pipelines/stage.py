@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 
 from dino.files import in_words
-from pipelines import params, paths
+from pipelines import launch, params, paths
 from pipelines.ending import EXIT_REQUEUE
 from pipelines.lock import hold
 from pipelines.seconds import note_seconds
@@ -22,16 +22,19 @@ class Requeue(SystemExit):
     """The stage was asked to stop and saved what it had; running it again goes on from there (exit code 75)."""
 
 
-def run_stage(name: str, main: Callable[[params.Params], None]) -> None:
+def run_stage(name: str, main: Callable[[params.Params], None], *, shared: bool = False) -> None:
     """Run one stage and leave the process with its exit code: 0, 1 or 75.
 
-    One process a stage and working directory: where DVC was killed, its stage may still be saving when the next
-    `dvc repro` comes.
+    One process a stage and working directory (or one on each GPU, where the stage is `shared`): where DVC was killed,
+    its stage may still be saving when the next `dvc repro` comes.
     """
     began = time.perf_counter()
 
     def work() -> None:
         settings = params.load()
+        if shared and (count := launch.processes()) > 1:
+            launch.across(count, f"pipelines.stages.{name}")
+            return
         with only_one(name, settings.runtime.wait_for_lock_minutes):
             main(settings)
 

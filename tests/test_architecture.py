@@ -23,7 +23,7 @@ HOMES = {
     "dvc": {"pipelines/graph.py"},
     "pydantic": {"pipelines/params.py"},
     "yaml": {"pipelines/params.py", "pipelines/workspace.py"},  # params.yaml; dvc.lock
-    "torch.distributed": {"dino/distributed.py"},
+    "torch.distributed": {"dino/distributed.py", "pipelines/launch.py"},  # its operations; its launcher
 }
 
 # Commands on a finished result: they compute, for no stage, so no stage needs them.

@@ -131,4 +131,4 @@ def check(sizes: Embed, facts: Mapping[str, Any], *, channels: int) -> None:
 
 
 if __name__ == "__main__":
-    run_stage("embed", main)
+    run_stage("embed", main, shared=True)

@@ -76,4 +76,4 @@ def write_predictions(labels: Labels, judged: Mapping[str, Judged]) -> None:
 
 
 if __name__ == "__main__":
-    run_stage("knn", main)
+    run_stage("knn", main, shared=True)

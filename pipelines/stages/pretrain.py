@@ -215,4 +215,4 @@ def write_curve(curve: list[dict[str, float]]) -> None:
 
 
 if __name__ == "__main__":
-    run_stage("pretrain", main)
+    run_stage("pretrain", main, shared=True)

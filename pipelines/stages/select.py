@@ -202,4 +202,4 @@ def write_curves(scores: Sequence[Scores]) -> None:
 
 
 if __name__ == "__main__":
-    run_stage("select", main)
+    run_stage("select", main, shared=True)
