@@ -35,6 +35,9 @@ def main() -> None:
         console.print(Text(verdict.sentence, style=TONES[verdict.tone]))
         if verdict.advice:
             console.print(Text(verdict.advice))
+    if paths.SELECT_METRICS.is_file():
+        selected = read_metrics(paths.SELECT_METRICS, "select", "epoch", "checkpoint", "words")
+        console.print(Text(f"Teacher: epoch {selected['epoch']} ({selected['checkpoint']}). {selected['words']}"))
     console.print()
     console.print(seconds_table(stages(), read_seconds()))
     where = str(PAGE.resolve()) if PAGE.is_file() else "not written yet; `dvc repro` writes it"

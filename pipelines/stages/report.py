@@ -23,6 +23,7 @@ from pipelines.drawing import DARK, LIGHT, data_uri, picture_png, png, svg
 from pipelines.gallery import Classes
 from pipelines.params import Params
 from pipelines.reading import read_metrics, reading
+from pipelines.snapshot_chart import snapshot_figures
 from pipelines.stage import run_stage
 
 PAGE = "index.html"
@@ -67,6 +68,10 @@ def collect(params: Params, facts: Mapping[str, Any]) -> tuple[dict[str, Any], d
     data = read_metrics(paths.DATA_METRICS, "prepare")
     with reading(paths.DATA_METRICS, "prepare"):
         data_rows, images = list(data_facts(data)), sum(data["images"].values())
+    selected = read_metrics(paths.SELECT_METRICS, "select", "checkpoint", "words", "bank_images", "val_images")
+    with reading(paths.SELECT_METRICS, "select"):
+        snapshots = snapshot_rows(selected)
+        snapshot_drawings = snapshot_figures(snapshots, selected["epoch"])
     queries = gallery.choose_queries(classes, params.report.nearest_queries)
     neighbours = gallery.neighbour_rows(classes, queries, params.report.nearest_neighbours)
     size = {"resize_px": params.embed.resize_px, "crop_px": params.embed.crop_px}
@@ -92,6 +97,11 @@ def collect(params: Params, facts: Mapping[str, Any]) -> tuple[dict[str, Any], d
         "scale": charts.Scale.of(evaluations),
         "training": training,
         "panels": [(panel, Markup(svg(charts.panel_figure(panel), f"c{i}"))) for i, panel in enumerate(panels)],
+        "selected": selected,
+        "snapshots": snapshots,
+        "snapshot_panels": [
+            (title, Markup(svg(figure, f"s{i}"))) for i, (title, figure) in enumerate(snapshot_drawings.items())
+        ],
         "confusion": confusion,
         "confusion_svg": confusion and Markup(svg(charts.confusion_figure(confusion.shares, confusion.names), "m")),
         "neighbours": neighbours,
@@ -111,6 +121,15 @@ def collect(params: Params, facts: Mapping[str, Any]) -> tuple[dict[str, Any], d
         "provenance": {"key of the pretraining": facts["key"], "md5 of the training images": facts["data_md5"]},
     }
     return content, figures
+
+
+def snapshot_rows(selected: Mapping[str, Any]) -> list[dict[str, float]]:
+    """Scores of every snapshot by epoch, out of metrics/select.json."""
+    names = ["epoch", "step", "rank_me", "feature_std"]
+    if selected["bank_images"]:
+        names += ["val_top1", "val_top1_low", "val_top1_high"]
+    rows = [{name: found[name] for name in names} for found in selected["scores_by_epoch"].values()]
+    return sorted(rows, key=lambda row: row["epoch"])
 
 
 def render(content: Mapping[str, Any]) -> str:

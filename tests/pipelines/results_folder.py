@@ -134,7 +134,8 @@ def _write_metrics(
         for epoch in (1, 2)
     }
     select = {
-        "checkpoint": "last", **snapshots["2"], "scores_by_epoch": snapshots, "bank_images": 36, "val_images": 9,
+        "checkpoint": "last", **snapshots["2"], "scores_by_epoch": snapshots, "bank_images": 36 if names else 0,
+        "val_images": 9, **({} if names else {"without_knn": NO_LABELS["skipped"]}),
         "words": "k-NN on val went from 60.0 % (epoch 1) to 70.0 % (epoch 2), the highest.",
     }  # fmt: skip
     for name, values in {"data": data, "pretrain": training, "select": select, "knn": knn, "probe": probe}.items():

@@ -281,3 +281,23 @@ def test_queries_take_the_classes_in_turn(folder: Path, monkeypatch: pytest.Monk
     unlabelled = Classes([], {})
     assert choose_queries(unlabelled, 3) == [0, 7, 14]
     assert choose_queries(unlabelled, 999) == list(range(15))
+
+
+def test_the_snapshots_are_drawn_told_and_listed(page: Page, source: str):
+    section = source[source.index('<section id="snapshots">') :]
+    section = section[: section.index("</section>")]
+    words = Page(section).words
+    assert "k-NN on val went from 60.0 % (epoch 1) to 70.0 % (epoch 2), the highest." in words
+    assert "k-NN of the teacher while training" in words and "teacher: epoch 2" in section
+    assert section.count("<svg") == 2
+    rows = [re.sub(r"<[^>]+>", " ", row).split() for row in re.findall(r"<tr>(.*?)</tr>", section)[1:]]
+    assert rows == [["1", "20", "60.0", "(50.0\u201370.0)", "4.0", "0.1"],
+                    ["2", "(teacher)", "40", "70.0", "(60.0\u201380.0)", "5.0", "0.2"]]  # fmt: skip
+
+
+def test_snapshots_without_labels_show_directions_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = make_report(make_results(tmp_path, labelled=False), monkeypatch)
+    section = source[source.index('<section id="snapshots">') :]
+    section = section[: section.index("</section>")]
+    assert section.count("<svg") == 1 and "Directions in use (RankMe), on val" in section
+    assert NO_LABELS["skipped"] in section and "k-NN of the teacher" not in section

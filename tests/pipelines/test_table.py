@@ -11,7 +11,7 @@ import pytest
 from results_folder import KNN, NO_LABELS, PROBE, REPOSITORY, make_results
 
 SECONDS = {"fetch": 3.14, "prepare": 18.84, "pretrain": 1287.6, "knn": 12.0}
-STAGES = ["fetch", "prepare", "pretrain", "embed", "knn", "probe", "report"]
+STAGES = ["fetch", "prepare", "pretrain", "select", "embed", "knn", "probe", "report"]
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,7 @@ def test_every_number_stands_whole_at_any_width(folder: Path, environment: dict[
     assert [line[0] for line in lines if len(line) == 2 and line[0] in STAGES] == STAGES
     words = " ".join(printed.split())
     assert "beats the untrained network and raw pixels, by k-NN and by probe; training is healthy." in words
+    assert "Teacher: epoch 2 (last). k-NN on val went from 60.0 % (epoch 1) to 70.0 % (epoch 2), the highest." in words
     assert f"Report {(folder / 'report/index.html').resolve()}\n" in printed.replace("Report  ", "Report ")
     assert "make ui" in printed
     assert "\x1b" not in printed
