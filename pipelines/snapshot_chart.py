@@ -27,9 +27,11 @@ def _figure(scores: Sequence[Scores], name: str, chosen: int) -> Figure:
         axes.plot(steps, [unit * found[name] for found in scores], color=LIGHT["trained"], linewidth=1.4, marker=".")
         mark = next(found for found in scores if found["epoch"] == chosen)
         axes.plot(mark["step"], unit * mark[name], "o", color=LIGHT["trained"], markersize=9, markerfacecolor="none")
-        axes.annotate(f"teacher: epoch {chosen}", (mark["step"], unit * mark[name]), (0, 9), ha="right", va="bottom",
-                      textcoords="offset points", color=LIGHT["muted"], fontsize=8)  # fmt: skip
-        axes.margins(x=0.03, y=0.25)
+        axes.axvline(mark["step"], color=LIGHT["muted"], linewidth=0.9, linestyle=(0, (2, 2)))
+        side, away = ("right", -4) if mark["step"] > sum(steps) / len(steps) else ("left", 4)
+        axes.annotate(f"teacher: epoch {chosen}", (mark["step"], 0.04), (away, 0), ha=side, fontsize=8,
+                      xycoords=("data", "axes fraction"), textcoords="offset points", color=LIGHT["muted"])  # fmt: skip
+        axes.margins(x=0.03, y=0.15)
         axes.locator_params(axis="y", nbins=5)
         axes.locator_params(axis="x", nbins=6)
         return figure

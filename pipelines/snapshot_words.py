@@ -30,7 +30,7 @@ def in_words(scores: Sequence[Scores], chosen: int) -> str:
     both = f"{_told(best)} against {_told(last)}, the last"
     if best["val_top1_low"] <= last["val_top1_high"]:
         return f"k-NN on val: {both}. The 95 % intervals overlap, so later checkpoints are not shown to be worse."
-    cure = "" if chosen == best["epoch"] else " `select.checkpoint: best` takes the better one."
+    cure = "" if chosen == best["epoch"] else " The setting select.checkpoint: best takes the better one."
     return f"Later checkpoints are worse: k-NN on val {both}, beyond the 95 % intervals. {_why(best, last)}{cure}"
 
 
@@ -41,7 +41,7 @@ def _told(found: Scores) -> str:
 def _why(best: Scores, last: Scores) -> str:
     if last["rank_me"] < FEWER_DIRECTIONS * best["rank_me"]:
         return (
-            f"The features lost directions (RankMe {best['rank_me']:.1f} -> {last['rank_me']:.1f}): lower "
+            f"The features lost directions (RankMe {best['rank_me']:.1f}, then {last['rank_me']:.1f}): lower "
             "pretrain.lr_at_256 or pretrain.weight_decay_final, or use more or harder local crops."
         )
     return "Fewer pretrain.epochs, a lower pretrain.lr_at_256 or a lower pretrain.weight_decay_final may help."

@@ -46,8 +46,8 @@ def test_a_rise_that_goes_on_asks_for_more_epochs() -> None:
 
 def test_the_cure_names_lost_directions_and_the_setting_that_takes_the_better_one() -> None:
     lost = in_words(scores(0.5, 0.7, 0.6, rank_me=(5, 20, 15.9)), 3)
-    assert "lost directions (RankMe 20.0 -> 15.9): lower pretrain.lr_at_256" in lost
-    assert lost.endswith("`select.checkpoint: best` takes the better one.")
+    assert "lost directions (RankMe 20.0, then 15.9): lower pretrain.lr_at_256" in lost
+    assert lost.endswith("select.checkpoint: best takes the better one.")
     kept = in_words(scores(0.5, 0.7, 0.6, rank_me=(5, 20, 16.1)), 2)
     assert "lost directions" not in kept and "Fewer pretrain.epochs" in kept
     assert "select.checkpoint" not in kept  # it is the teacher already
