@@ -3,13 +3,13 @@
 Legend: N images of the table, B of a batch, D features.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from dino.ahead import ahead
 from dino.augment import eval_images
 from dino.distributed import World
 from dino.images import ImageBatch, ImageTable
@@ -58,22 +58,11 @@ def feature_batches(
     together = [rows[first : first + batch * world.size] for first in range(0, len(rows), batch * world.size)]
     shares = [world.rows(len(part)) for part in together]
     mine = [part[share.start : share.stop] for part, share in zip(together, shares, strict=True)]
-    for images in _decoded_ahead(table, mine):
+    for images in ahead(partial(_decode, table), mine):
         on_device = ImageBatch(images.pixels_BCHW.to(world.device), images.sizes_B2)
         with torch.inference_mode():
             found = [extract(on_device) for extract in extractors]
         yield [world.gather_rows(features_BD).cpu() for features_BD in found]
-
-
-def _decoded_ahead(table: ImageTable, batches: Sequence[Sequence[int]]) -> Iterator[ImageBatch]:
-    waiting: deque[Future[ImageBatch]] = deque()
-    with ThreadPoolExecutor(1) as decoder:
-        for rows in batches:
-            waiting.append(decoder.submit(_decode, table, rows))
-            if len(waiting) == 2:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def _decode(table: ImageTable, rows: Sequence[int]) -> ImageBatch:

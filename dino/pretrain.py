@@ -4,8 +4,7 @@ Legend: B images of the global batch, V views, K prototypes. Shapes of rows foll
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dino import draws
+from dino.ahead import ahead
 from dino.augment import multi_crop
 from dino.config import PretrainConfig
 from dino.curve import Curve, StepResult, run_length
@@ -203,6 +203,7 @@ def pretrain(
     save: Callable[[TrainingState], None] = lambda state: None,
     should_save: Callable[[], bool] = lambda: False,
     should_stop: Callable[[], bool] = lambda: False,
+    waited: Callable[[float], None] = lambda seconds: None,
 ) -> TrainingState:
     """Train to the end and return the final state.
 
@@ -217,6 +218,7 @@ def pretrain(
         save: Called with the state to keep; every rank calls it, the main one should write.
         should_save: Asked after each step; one rank's True is true for all.
         should_stop: Asked after each step, likewise; True saves and raises Interrupted.
+        waited: Called before each step with the seconds that its images were late.
 
     Raises:
         ValueError: Settings that do not fit the data or the ranks.
@@ -244,17 +246,13 @@ def pretrain(
         rows = order[(step % steps_per_epoch) * config.batch + batch_rows]
         return table.batch(rows.tolist()), batch_rows
 
-    with repeatable(config.deterministic), ThreadPoolExecutor(1) as loader:
-        ahead = loader.submit(load, step)
-        while step < total_steps:
-            images, batch_rows = ahead.result()
-            if step + 1 < total_steps:
-                ahead = loader.submit(load, step + 1)
+    with repeatable(config.deterministic), closing(ahead(load, range(step, total_steps), waited=waited)) as batches:
+        for images, batch_rows in batches:
             settings = step_settings(config, step, steps_per_epoch)
-            batches = make_micro_batches(config, depth, step, images, batch_rows, table, world.device)
-            result = train_step(dino, optimizer, center, batches, settings, config, world, precision)
+            parts = make_micro_batches(config, depth, step, images, batch_rows, table, world.device)
+            result = train_step(dino, optimizer, center, parts, settings, config, world, precision)
             step += 1
-            point = curve.add(step, result, center, vars(settings), partial(first_features, dino, batches), world)
+            point = curve.add(step, result, center, vars(settings), partial(first_features, dino, parts), world)
             center = result.center
             report(step, point)
             epoch, step_of_epoch = divmod(step, steps_per_epoch)

@@ -32,7 +32,19 @@ TOOLS = {f"pipelines/{name}.py" for name in ("embed", "embedded", "export")}
 PLUMBING = {"dino/__init__.py"} | {
     f"pipelines/{name}.py"
     for name in (
-        *("__init__", "quiet", "params", "paths", "stage", "seconds", "reading", "progress", "launch", "resumable"),
+        *(
+            "__init__",
+            "quiet",
+            "params",
+            "paths",
+            "stage",
+            "seconds",
+            "reading",
+            "progress",
+            "pace",
+            "launch",
+            "resumable",
+        ),
         *("tracking", "mlflow_store", "row", "view", "workspace", "sync", "ui", "table"),
         *("stages/__init__", "ending", "lock", "save_clock", "states"),
         *("graph", "warden", "flow", "serve", "local_server", "summary"),

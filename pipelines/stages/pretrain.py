@@ -4,7 +4,6 @@ import csv
 import math
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -27,6 +26,7 @@ from pipelines import paths, tracking
 from pipelines.crop_sheet import crop_sheet
 from pipelines.ending import StopRequest
 from pipelines.intent import resolve
+from pipelines.pace import Pace
 from pipelines.params import Params
 from pipelines.progress import progress
 from pipelines.resumable import Resumable, environment
@@ -118,13 +118,13 @@ def train(
             file=sys.stderr,
         )
     with progress("pretrain:", images) if world.is_main else nullcontext(lambda more, note="": None) as advance:
-        began = time.monotonic()
+        pace = Pace()
 
         def report(step: int, point: dict[str, float]) -> None:
-            advance(config.batch, f"loss {point['loss']:.3f}" if point else "")
+            pace.images += config.batch
+            advance(config.batch, f"loss {point['loss']:.3f}{pace.note()}" if point else "")
             if point:
-                rate = (step - first) * config.batch / (time.monotonic() - began)
-                tracker.log_curve_points([(step, {**point, "images_per_second": rate})])
+                tracker.log_curve_points([(step, {**point, **pace.numbers()})])
 
         try:
             final = pretrain(
@@ -138,10 +138,13 @@ def train(
                 save=resumable.save,
                 should_save=should_save,
                 should_stop=should_stop,
+                waited=pace.waited,
             )
         except Interrupted as stopped:
             raise Requeue(f"{stopped}; its state is saved, run the same command again to go on") from None
     if first < total_steps:
+        if world.is_main:
+            print(f"pretrain: {pace.verdict()}", flush=True)
         resumable.save(final)  # a lost lock, or DVC killed before it recorded the outs, then costs seconds
     return final, [*lost]
 
