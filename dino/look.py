@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dino.augment import GRAY_WEIGHTS
+from dino.resample import axis_weights, resample
 from dino.vision_transformer import VisionTransformer
 
 # black over purple and orange to pale yellow, in evenly rising lightness: readable with any colour vision
@@ -22,6 +24,7 @@ HEAT = (
     (229, 80, 100), (251, 135, 97), (254, 194, 135), (252, 253, 191),
 )  # fmt: skip
 PCA_QUANTILES = (0.01, 0.99)  # of a component, shown as 0 and 1: outliers don't grey the rest
+DIMMED, OPAQUE = 0.75, 0.85  # of an overlay: brightness of the picture beneath, cover of the strongest patch
 NEGLIGIBLE = 1e-5  # a component this small beside the first is rounding of fp32 features, not a direction
 
 
@@ -53,15 +56,30 @@ def attention_maps(backbone: VisionTransformer, images_BCHW: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def patch_features(backbone: VisionTransformer, images_BCHW: Tensor) -> Tensor:
+    """Features of the last block's patches, float32 [B, R, S, D]."""
+    tokens_BTD = backbone.get_intermediate_layers(images_BCHW, 1)[0]
+    return tokens_BTD[:, 1:].float().unflatten(1, _grid(backbone, images_BCHW))
+
+
 def patch_components(backbone: VisionTransformer, images_BCHW: Tensor, *, components: int = 3) -> Tensor:
     """First principal components of the last block's patch features, float32 [B, R, S, components] in 0..1.
 
-    One basis for all these images, so that equal colours mean similar patches across pictures. Each component
-    is scaled by PCA_QUANTILES; one that does not vary, or does not exist, is .5 everywhere. Of the two signs of
-    a component, the one whose largest loading is positive.
+    One basis for all these images, so that equal colours mean similar patches across pictures.
     """
-    rows, columns = _grid(backbone, images_BCHW)
-    features_MD = backbone.get_intermediate_layers(images_BCHW, 1)[0][:, 1:].flatten(0, 1).double()
+    features_BRSD = patch_features(backbone, images_BCHW)
+    return principal_components(features_BRSD.flatten(0, 2), components=components).unflatten(
+        0, features_BRSD.shape[:3]
+    )
+
+
+def principal_components(features_MD: Tensor, *, components: int = 3) -> Tensor:
+    """First principal components of rows of features, float32 [M, components] in 0..1.
+
+    Each component is scaled by PCA_QUANTILES; one that does not vary, or does not exist, is .5 everywhere. Of the two
+    signs of a component, the one whose largest loading is positive.
+    """
+    features_MD = features_MD.double()
     features_MD = features_MD - features_MD.mean(0)
     _, sizes, basis = torch.linalg.svd(features_MD, full_matrices=False)
     scores = torch.full((len(features_MD), components), 0.5, dtype=torch.float64)
@@ -69,7 +87,7 @@ def patch_components(backbone: VisionTransformer, images_BCHW: Tensor, *, compon
         if sizes[index] > NEGLIGIBLE * sizes[0]:
             loadings_D = basis[index] * torch.sign(basis[index][basis[index].abs().argmax()])
             scores[:, index] = _stretched(features_MD @ loadings_D)
-    return scores.float().unflatten(0, (len(images_BCHW), rows, columns))
+    return scores.float()
 
 
 def _stretched(values: Tensor) -> Tensor:
@@ -82,6 +100,41 @@ def _grid(backbone: VisionTransformer, images_BCHW: Tensor) -> tuple[int, int]:
     assert not backbone.training, "pictures are of a backbone in eval mode"
     height, width = images_BCHW.shape[-2:]
     return height // backbone.patch_size, width // backbone.patch_size
+
+
+def whole_image(pixels_CHW: Tensor, *, short_px: int, multiple: int) -> Tensor:
+    """All of an image, uint8 [C, H, W], at a chosen resolution: float32 [C, h, w] of 0..1.
+
+    Its short side becomes short_px (bicubic, antialiased), rounded to a multiple of the patch; of the long side, what
+    is over a multiple is cut off, as much at both ends.
+    """
+    height, width = pixels_CHW.shape[1:]
+    short = max(round(short_px / multiple), 1) * multiple
+    weights = []
+    for length in (height, width):
+        resized = length * short / min(height, width)
+        kept = int(resized + 1e-6) // multiple * multiple  # exact for the short side
+        box = (torch.tensor([0.0]), torch.tensor([float(length)]), length)
+        weights.append(axis_weights(*box, torch.tensor([resized]), torch.tensor([(resized - kept) / 2]), kept))
+    return resample(pixels_CHW[None].float() / 255, *weights)[0].clamp(0, 1)
+
+
+def enlarged(values_RSX: Tensor, height: int, width: int) -> Tensor:
+    """Values of patches at every pixel of a picture, float32 [height, width, X]: bicubic, within their own range."""
+    smooth = F.interpolate(values_RSX.permute(2, 0, 1)[None], size=(height, width), mode="bicubic")
+    return smooth[0].permute(1, 2, 0).clamp(values_RSX.min(), values_RSX.max())
+
+
+def overlaid(picture: np.ndarray, values_RS: Tensor) -> np.ndarray:
+    """A picture in dimmed grey with a map of its patches in colours of HEAT over it, the stronger the more opaque."""
+    height, width = picture.shape[:2]
+    values_HW = enlarged(values_RS[..., None].float(), height, width)[..., 0]
+    share_HW1 = ((values_HW - values_HW.min()) / (values_HW.max() - values_HW.min()).clamp(min=1e-12))[
+        ..., None
+    ].numpy()
+    grey_HW1 = (picture @ np.array(GRAY_WEIGHTS))[..., None] * DIMMED
+    opaque_HW1 = OPAQUE * share_HW1**0.5
+    return np.rint(grey_HW1 * (1 - opaque_HW1) + heat_picture(values_HW) * opaque_HW1).astype(np.uint8)
 
 
 def heat_picture(values_RS: Tensor) -> np.ndarray:

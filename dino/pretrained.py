@@ -68,7 +68,7 @@ class Transform:
         return torch.stack(found) if found else torch.zeros(0, self.channels, self.crop_px, self.crop_px)
 
     def _crop(self, image: Picture) -> Tensor:
-        pixels_CHW = torch.from_numpy(np.array(image_pixels(_read(image), self.channels)))
+        pixels_CHW = torch.from_numpy(np.array(image_pixels(read_image(image), self.channels)))
         batch = ImageBatch(pixels_CHW[None], torch.tensor([pixels_CHW.shape[1:]]))
         neutral = {"mean": [0.0] * self.channels, "std": [1.0] * self.channels}
         return eval_images(batch, resize_px=self.resize_px, crop_px=self.crop_px, **neutral)[0]
@@ -80,7 +80,7 @@ def _is_several(images: object) -> bool:
     return isinstance(images, Iterable) and not isinstance(images, str | bytes | bytearray)  # PIL images are none
 
 
-def _read(image: Picture) -> Image.Image:
+def read_image(image: Picture) -> Image.Image:
     """Any form of an image as one of mode "L" or "RGB"."""
     from PIL import Image
 

@@ -233,32 +233,40 @@ class Picture:
 
 
 def pictures_figure(rows: Sequence[Sequence[Picture]], headings: Sequence[str] = ()) -> Figure:
-    """Pictures in rows, captions below; the wrong ones are framed and crossed."""
-    columns, pitch = max(len(row) for row in rows), (1.12, 1.34)
+    """Pictures in rows as high as their tallest, captions below; the wrong ones are framed and crossed."""
+    columns, pitch, between = max(len(row) for row in rows), 1.12, 0.28
+    heights = [max(_share_of_square(picture)[0] for picture in row) for row in rows]
+    tops = np.cumsum([0.0, *(height + between for height in heights)])
     with style():
-        figure = Figure(figsize=(0.95 * columns * pitch[0], 0.95 * len(rows) * pitch[1] + 0.3))
+        figure = Figure(figsize=(0.95 * columns * pitch, 0.95 * tops[-1] + 0.3))
         axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
-        axes.set(xlim=(-0.06, columns * pitch[0]), ylim=(len(rows) * pitch[1], -0.22), aspect="equal")
+        axes.set(xlim=(-0.06, columns * pitch), ylim=(tops[-1], -0.22), aspect="equal")
         axes.set_axis_off()
         for index, heading in enumerate(headings):
-            axes.text(index * pitch[0] + 0.5, -0.06, heading, ha="center", va="bottom", fontsize=8, weight="bold")
-        for y, row in enumerate(rows):
-            for x, picture in enumerate(row):
-                _draw_picture(axes, picture, x * pitch[0], y * pitch[1])
+            axes.text(index * pitch + 0.5, -0.06, heading, ha="center", va="bottom", fontsize=8, weight="bold")
+        for top, row_height, row in zip(tops, heights, rows, strict=False):  # the last of the tops is the end
+            for index, picture in enumerate(row):
+                _draw_picture(axes, picture, index * pitch, top, row_height)
         return figure
 
 
-def _draw_picture(axes: Axes, picture: Picture, left: float, top: float) -> None:
-    height, width = np.array(picture.pixels.shape[:2]) / max(picture.pixels.shape[:2])
-    x, y = left + (1 - width) / 2, top + (1 - height) / 2
+def _share_of_square(picture: Picture) -> tuple[float, float]:
+    """Height and width of a picture whose longer side is 1."""
+    height, width = picture.pixels.shape[:2]
+    return height / max(height, width), width / max(height, width)
+
+
+def _draw_picture(axes: Axes, picture: Picture, left: float, top: float, row_height: float) -> None:
+    height, width = _share_of_square(picture)
+    x, y = left + (1 - width) / 2, top + (row_height - height) / 2
     axes.imshow(picture.pixels, extent=(x, x + width, y + height, y), interpolation="nearest", aspect="equal")
     wrong = picture.right is False
     if wrong:
         axes.add_patch(
             mpl.patches.Rectangle((x, y), width, height, fill=False, color=LIGHT["untrained"], linewidth=2.2)
         )
-    axes.text(left + 0.5, top + 1.03, _short(picture.caption) + (" ✗" if wrong else ""), ha="center", va="top",
-              fontsize=7, color=LIGHT["untrained"] if wrong else LIGHT["muted"])  # fmt: skip
+    axes.text(left + 0.5, top + row_height + 0.03, _short(picture.caption) + (" ✗" if wrong else ""), ha="center",
+              va="top", fontsize=7, color=LIGHT["untrained"] if wrong else LIGHT["muted"])  # fmt: skip
 
 
 def _short(name: str, length: int = 18) -> str:

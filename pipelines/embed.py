@@ -35,7 +35,7 @@ from pipelines.embedded import read_embedded, read_facts, rows_table, write_embe
 from pipelines.ending import heed, leave
 from pipelines.lock import hold
 from pipelines.progress import progress
-from pipelines.stage import run_command
+from pipelines.stage import positive, run_command
 
 BATCH = 64  # files at once
 PART_FILES = 512  # kept together: what a kill costs at most
@@ -297,13 +297,6 @@ def main() -> None:
     parser.add_argument("--replace", action="store_true", help="overwrite features of something else")
     chosen = parser.parse_args()
     run_command("embed", lambda: embed_folder(**vars(chosen), device=World.detect().device))
-
-
-def positive(text: str) -> int:
-    """A whole number of 1 or more."""
-    if (number := int(text)) < 1:
-        raise ValueError(text)
-    return number
 
 
 if __name__ == "__main__":

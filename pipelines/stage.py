@@ -58,6 +58,13 @@ def run_command(name: str, work: Callable[[], None]) -> None:
         sys.exit(EXIT_ERROR)
 
 
+def positive(text: str) -> int:
+    """An option of a command: a whole number of 1 or more."""
+    if (number := int(text)) < 1:
+        raise ValueError(text)
+    return number
+
+
 def only_one(name: str, wait_minutes: float) -> AbstractContextManager[None]:
     """The lock of a stage in this working directory; of several ranks the first holds it for all."""
     if os.environ.get("RANK", "0") != "0":

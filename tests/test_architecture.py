@@ -27,7 +27,7 @@ HOMES = {
 }
 
 # Commands on a finished result: they compute, for no stage, so no stage needs them.
-TOOLS = {f"pipelines/{name}.py" for name in ("embed", "embedded", "export")}
+TOOLS = {f"pipelines/{name}.py" for name in ("embed", "embedded", "export", "look")}
 # Changes here rerun nothing: none of it computes what stands in an out.
 PLUMBING = {"dino/__init__.py"} | {
     f"pipelines/{name}.py"

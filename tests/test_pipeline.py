@@ -9,8 +9,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
+
+import dino
+from dino.images import ImageTable
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -94,6 +99,19 @@ def test_every_stage_runs_and_scores_stand_in_the_metrics(first: Path) -> None:
             scores = metrics[kind]
             assert 0 <= scores["test_top1_low"] < scores["test_top1"] < scores["test_top1_high"] <= 1
     assert "<html" in (first / "report/index.html").read_text()
+
+
+def test_the_loaded_teacher_gives_the_features_of_stage_embed(first: Path) -> None:
+    """The transform is the pipeline's, its sizes travel in the checkpoint."""
+    model = dino.load(first / "models/teacher.safetensors")
+    assert (model.transform.resize_px, model.transform.crop_px) == (8, 8)
+    features = pq.read_table(first / "features/trained.parquet").to_pydict()
+    images = ImageTable(first / "data/prepared/test.arrow")
+    rows = [row for row, split in enumerate(features["split"]) if split == "test"]
+    assert [features["id"][row] for row in rows] == images.ids
+    expected = torch.tensor([features["features"][row] for row in rows])
+    found = model([images.encoded(row) for row in range(len(images))])
+    assert torch.allclose(found, expected, rtol=0, atol=1e-4)
 
 
 def test_nothing_reruns_when_nothing_changed(first: Path) -> None:

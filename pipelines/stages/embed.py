@@ -105,6 +105,12 @@ def check_crop(backbone: nn.Module, crop_px: int, *, channels: int) -> None:
 def check(sizes: Embed, facts: Mapping[str, Any], *, channels: int) -> None:
     """Refuse sizes that do not fit the network of these facts, or images of these channels."""
     patch, crop = facts["arch"].get("patch_size", 1), sizes.crop_px
+    now = {"resize_px": sizes.resize_px, "crop_px": crop}
+    if facts.get("evaluation", now) != now:  # a stage run by hand: DVC selects anew where they change
+        raise ValueError(
+            f"{paths.TEACHER} was selected on images of {facts['evaluation']}, embed now asks for {now}; "
+            "`dvc repro embed` selects anew"
+        )
     if crop > sizes.resize_px:
         raise ValueError(
             f"embed.crop_px ({crop}) is larger than embed.resize_px ({sizes.resize_px}); choose at most that"

@@ -72,7 +72,9 @@ def select(params: Params, world: World) -> None:
         return
     epoch = choose(chosen.checkpoint, scores)
     tensors, facts = load_tensors(files[epoch])
-    save_tensors(paths.TEACHER, tensors, {**facts, "selected": {"checkpoint": chosen.checkpoint, "among": [*files]}})
+    size = {"resize_px": params.embed.resize_px, "crop_px": params.embed.crop_px}  # for who uses the teacher elsewhere
+    selected = {"checkpoint": chosen.checkpoint, "among": [*files]}
+    save_tensors(paths.TEACHER, tensors, {**facts, "selected": selected, "evaluation": size})
     write_curves(scores)
     metrics = {
         "checkpoint": str(chosen.checkpoint),

@@ -149,3 +149,43 @@ def test_exports_leave_torchs_generator_and_the_model_alone(model: Pretrained, t
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.backbone.state_dict().items())
     assert np.isfinite(model(PHOTOS).numpy()).all()
+
+
+CONVNET = {"family": "torchvision", "name": "resnet18", "embed_dim": 512}
+
+
+@pytest.fixture(scope="module")
+def convnet(tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
+    """Its running statistics are no longer those of the beginning."""
+    model = trained(tmp_path_factory.mktemp("convnet"), arch=CONVNET)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(6)
+        model.backbone.train()(torch.randn(8, 3, 32, 32))
+    model.backbone.eval()
+    return model
+
+
+def test_convnets_as_onnx(convnet: Pretrained, tmp_path: Path) -> None:
+    export_onnx(convnet, tmp_path / "convnet.onnx", size_px=32)
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    mean, std = (torch.tensor(values)[:, None, None] for values in ([0.2, 0.25, 0.3], [0.3, 0.2, 0.25]))
+    expected = convnet.features((images - mean) / std)
+    assert torch.allclose(run(tmp_path / "convnet.onnx", images), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("export", [export_torchvision, export_timm, export_safetensors])
+def test_convnets_by_the_names_of_those_who_have_them(convnet: Pretrained, export: Any, tmp_path: Path) -> None:
+    done = export(convnet, tmp_path / "w", size_px=32)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        assert torch.allclose(loaded(done.load)(images), convnet.features(images), rtol=1e-4, atol=1e-4)
+
+
+def test_a_convnet_that_timm_lacks_or_torchvision_has_with_other_channels(tmp_path: Path) -> None:
+    shuffle = trained(tmp_path, arch={"family": "torchvision", "name": "shufflenet_v2_x0_5", "embed_dim": 1024})
+    with pytest.raises(ValueError, match="timm has no shufflenet_v2_x0_5; choose --to onnx"):
+        export_timm(shuffle, tmp_path / "x")
+    grey = trained(tmp_path, arch=CONVNET, channels=1)
+    with pytest.raises(ValueError, match=r"resnet18 takes 3 channels, this one 1; choose --to timm"):
+        export_torchvision(grey, tmp_path / "x")
+    assert not (tmp_path / "x").exists()

@@ -3,18 +3,22 @@
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms.v2.functional as torchvision
 from torch import Tensor
 
 from dino.look import (
     HEAT,
     attention_maps,
     colour_picture,
+    enlarged,
     fitted,
     heat_picture,
     image_picture,
     nearest_neighbours,
+    overlaid,
     patch_components,
     seen_picture,
+    whole_image,
 )
 from dino.vision_transformer import VisionTransformer
 
@@ -156,3 +160,40 @@ def test_fitting_magnifies_by_whole_numbers_and_shrinks_by_means():
     chequered[::2] = 200
     small = fitted(chequered, 10)
     assert small.shape == (10, 5, 3) and (small == 100).all()
+
+
+@pytest.mark.parametrize(("height", "width", "kept"), [(20, 30, (40, 56)), (30, 20, (56, 40)), (20, 20, (40, 40))])
+def test_a_whole_image_is_torchvisions_cut_to_patches_in_the_middle(height: int, width: int, kept: tuple[int, int]):
+    generator = torch.Generator().manual_seed(4)
+    stored = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+    seen = whole_image(stored, short_px=41, multiple=8)
+    larger = [2 * height, 2 * width]
+    expected = torchvision.resize(stored / 255, larger, interpolation=torchvision.InterpolationMode.BICUBIC)
+    expected = torchvision.center_crop(expected, list(kept)).clamp(0, 1)
+    assert seen.shape == (3, *kept)
+    assert torch.allclose(seen, expected, rtol=0, atol=0.5 / 255)
+
+
+def test_an_image_smaller_than_a_patch_becomes_one_patch():
+    assert whole_image(torch.zeros(1, 1, 9, dtype=torch.uint8), short_px=2, multiple=4).shape == (1, 4, 36)
+
+
+def test_a_map_is_enlarged_where_it_lies_and_within_its_range():
+    values = torch.zeros(4, 6, 1)
+    values[1, 4] = 2
+    large = enlarged(values, 40, 60)[..., 0]
+    assert large.shape == (40, 60) and large.min() == 0 and large.max() <= 2
+    assert divmod(int(large.argmax()), 60) in [(row, column) for row in (14, 15) for column in (44, 45)]
+    assert torch.allclose(enlarged(torch.full((2, 3, 2), 0.7), 9, 11), torch.tensor(0.7))
+
+
+def test_an_overlay_shows_the_strongest_patch_in_colour_and_the_rest_in_dimmed_grey():
+    picture = np.full((40, 60, 3), (200, 100, 0), np.uint8)
+    values = torch.zeros(4, 6)
+    values[1, 4] = 1
+    shown = overlaid(picture, values)
+    row, column = divmod(int(np.ptp(shown, axis=2).argmax()), 60)
+    assert abs(row - 14.5) < 6 and abs(column - 44.5) < 6
+    grey = 200 * 0.2989 + 100 * 0.587
+    assert (shown[-5:, :20] == round(0.75 * grey)).all()
+    assert (overlaid(picture, torch.ones(4, 6)) == round(0.75 * grey)).all()

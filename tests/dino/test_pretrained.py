@@ -21,9 +21,11 @@ from dino.pretrained import Pretrained
 ARCH = {"family": "vit", "img_size": 12, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 
-def write_checkpoint(path: Path, *, channels: int = 3, without: str = "", **changed: Any) -> Path:
+def write_checkpoint(
+    path: Path, *, channels: int = 3, without: str = "", arch: dict[str, Any] = ARCH, **changed: Any
+) -> Path:
     """A network of seed 5 and the facts that the pipeline writes."""
-    arch = ARCH | {"in_chans": channels}
+    arch = arch | {"in_chans": channels}
     facts = {
         "format": BACKBONE_FORMAT,
         "arch": arch,

@@ -135,7 +135,11 @@ def test_the_chosen_snapshot_is_the_teacher_and_says_so(folder: Path, checkpoint
     weights, facts = load_tensors(paths.TEACHER)
     expected, snapshot_facts = load_tensors(snapshots_in(paths.SNAPSHOTS)[epoch])
     assert weights.keys() == expected.keys() and all(weights[name].equal(expected[name]) for name in weights)
-    assert facts == {**snapshot_facts, "selected": {"checkpoint": checkpoint, "among": [1, 2, 3, 4, 6]}}
+    assert facts == {
+        **snapshot_facts,
+        "selected": {"checkpoint": checkpoint, "among": [1, 2, 3, 4, 6]},
+        "evaluation": {"resize_px": 12, "crop_px": 12},
+    }
 
 
 def test_of_equally_good_snapshots_best_is_the_latest(folder: Path) -> None:
