@@ -23,6 +23,7 @@ TORCHVISION = (  # those of torchvision that give pooled features for images of 
     "swin_t", "swin_s", "swin_b", "swin_v2_t", "swin_v2_s", "swin_v2_b",
     "wide_resnet50_2", "wide_resnet101_2",
 )  # fmt: skip
+OPTIMIZERS = ("adamw", "sgd", "lars")
 PRECISIONS = ("auto", "fp32", "bf16")
 GLOBAL_CROPS = 2
 
@@ -80,6 +81,7 @@ class PretrainConfig:
     teacher_temp_warmup_epochs: int = 0
     center_momentum: float = 0.9
 
+    optimizer: str = "adamw"
     lr_at_256: float = 5e-4
     lr_final: float = 1e-6
     warmup_epochs: float = 10
@@ -139,6 +141,7 @@ def _ranges(c: PretrainConfig) -> list[tuple[bool, str, str]]:
         (c.init_std is None or 0 < c.init_std < inf, "init_std", "choose more than 0, or null"),
         (0 <= c.hue <= 0.5, "hue", "choose a share of the colour circle from 0 to 0.5"),
         (0 <= c.drop_path_rate < 1, "drop_path_rate", "choose a share from 0 to below 1"),
+        (c.optimizer in OPTIMIZERS, "optimizer", _choice(c.optimizer, OPTIMIZERS)),
         (c.precision in PRECISIONS, "precision", _choice(c.precision, PRECISIONS)),
         (c.arch in (*VITS, *TORCHVISION) or c.arch.startswith("timm/"), "arch", _arch_choice(c.arch)),
     ]  # fmt: skip

@@ -229,7 +229,7 @@ def pretrain(
     steps_per_epoch, total_steps = run_length(config, len(table))
     dino = build_dino(config, table.channels).to(world.device)
     depth = backbone_arch(config, table.channels).get("depth", 0)  # of a ViT; no other has stochastic depth
-    optimizer = build_optimizer(dino.student)
+    optimizer = build_optimizer(dino.student, config.optimizer)
     step, points = 0, []
     center, loss_sum = torch.zeros(1, config.out_dim, device=world.device), torch.zeros((), device=world.device)
     if state is not None:

@@ -34,6 +34,7 @@ REFUSED = [
     ("seed", [2**63], "choose less than 2 ** 63"),
     ("hue", [-0.1, 0.6, NAN], "from 0 to 0.5"),
     ("drop_path_rate", [-0.1, 1.0, NAN], "from 0 to below 1"),
+    ("optimizer", ["adam", "SGD"], "choose one of adamw, sgd, lars"),
     ("precision", ["fp16", "bf61"], "choose one of auto, fp32, bf16"),
     ("arch", ["vit_smal", "resnet", "vgg16", "timm"], "choose vit_tiny, vit_small, vit_base, a name of torchvision"),
 ]
@@ -67,6 +68,8 @@ def test_every_field_has_a_refusal_or_cannot_be_wrong() -> None:
         ({"embed_dim": 100, "num_heads": 3}, ["num_heads (3)", "embed_dim (100)", "choose a divisor"]),
         ({"precision": "bf16", "head_batch_norm": True}, ["head_batch_norm", "choose precision fp32"]),
         ({"arch": "vit_smal"}, ["arch is 'vit_smal'", "did you mean vit_small?"]),
+        ({"optimizer": "lamb"}, ["optimizer is 'lamb'", "choose one of adamw, sgd, lars"]),
+        ({"optimizer": "larz"}, ["optimizer is 'larz'", "did you mean lars?"]),
         ({"arch": "resnet5"}, ["arch is 'resnet5'", "did you mean resnet50?"]),
         ({"arch": "resnet50"}, ["drop_path_rate is 0.1", "resnet50 is trained without; choose 0"]),
         ({"arch": "timm/swin"}, ["drop_path_rate is 0.1", "timm/swin is trained without; choose 0"]),

@@ -1,12 +1,21 @@
 """What decays, clipping by each gradient's own norm, freezing: the reference's lists and numbers."""
 
+import math
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dino.head import DINOHead
 from dino.multicrop import MultiCropWrapper
-from dino.optimizer import clip_each_gradient, decays, freeze_last_layer, parameter_groups
+from dino.optimizer import (
+    build_optimizer,
+    clip_each_gradient,
+    decays,
+    freeze_last_layer,
+    parameter_groups,
+    set_schedule,
+)
 from dino.vision_transformer import VisionTransformer
 
 
@@ -81,9 +90,11 @@ def test_no_clipping_at_zero() -> None:
     assert parameter.grad.tolist() == [300.0, 400.0]
 
 
-def test_a_frozen_last_layer_is_left_alone_by_moments_and_decay() -> None:
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_a_frozen_last_layer_is_left_alone_by_moments_and_decay(name: str) -> None:
     model = wrapper(norm_last_layer=False)
-    optimizer = torch.optim.AdamW(parameter_groups(model), lr=0.1, weight_decay=0.5)
+    optimizer = build_optimizer(model, name)
+    set_schedule(optimizer, lr=0.1, weight_decay=0.5)
     last = list(model.head.last_layer.parameters())
     before = [p.detach().clone() for p in last]
     model([torch.randn(2, 3, 8, 8)]).square().sum().backward()
@@ -93,3 +104,52 @@ def test_a_frozen_last_layer_is_left_alone_by_moments_and_decay() -> None:
         torch.testing.assert_close(parameter, old, rtol=0, atol=0)
         assert parameter not in optimizer.state
     assert all(p in optimizer.state for p in model.head.mlp.parameters())
+
+
+# SGD and LARS, by an independent slow version: one number after the other, as the papers have it
+
+
+def slow_steps(
+    name: str, weights: dict[str, Tensor], gradients: list[dict[str, Tensor]], rates: list[tuple[float, float]]
+) -> dict[str, Tensor]:
+    """Weights after steps of (lr, weight decay) with the reference's momentum and trust; a missing gradient rests."""
+    lists = {key: weight.flatten().tolist() for key, weight in weights.items()}
+    momenta = {key: [0.0] * len(numbers) for key, numbers in lists.items()}
+    for step, (lr, weight_decay) in zip(gradients, rates, strict=True):
+        for key, gradient in step.items():
+            plain = key.endswith(".bias") or weights[key].ndim == 1
+            decay = 0.0 if plain else weight_decay
+            update = [g + decay * w for g, w in zip(gradient.flatten().tolist(), lists[key], strict=True)]
+            if name == "lars" and weights[key].ndim != 1:
+                norm, update_norm = (math.sqrt(sum(x * x for x in numbers)) for numbers in (lists[key], update))
+                trust = 0.001 * norm / update_norm if norm > 0 and update_norm > 0 else 1.0
+                update = [trust * u for u in update]
+            momenta[key] = [0.9 * m + u for m, u in zip(momenta[key], update, strict=True)]
+            lists[key] = [w - lr * m for w, m in zip(lists[key], momenta[key], strict=True)]
+    return {key: torch.tensor(lists[key], dtype=torch.float64).view_as(weight) for key, weight in weights.items()}
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars"])
+def test_sgd_and_lars_are_the_slow_versions(name: str) -> None:
+    """Schedules that move, a layer that rests at first, a weight and a gradient of zero."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2, bias=False), nn.Linear(2, 2)).double()
+    nn.init.zeros_(model[3].weight)
+    weights = {key: p.detach().clone() for key, p in model.named_parameters()}
+    gradients = [{key: torch.randn_like(weight) for key, weight in weights.items()} for _ in range(4)]
+    del gradients[0]["2.weight"], gradients[1]["2.weight"]
+    gradients[1]["3.weight"].zero_()
+    rates = [(0.0, 0.1), (0.5, 0.2), (0.3, 0.0), (0.1, 0.4)]
+    optimizer = build_optimizer(model, name)
+    for step, (lr, weight_decay) in zip(gradients, rates, strict=True):
+        for key, parameter in model.named_parameters():
+            parameter.grad = step.get(key)
+        set_schedule(optimizer, lr, weight_decay)
+        optimizer.step()
+    for key, expected in slow_steps(name, weights, gradients, rates).items():
+        torch.testing.assert_close(dict(model.named_parameters())[key], expected, rtol=0, atol=1e-12, msg=key)
+
+
+def test_an_unknown_optimizer_is_refused() -> None:
+    with pytest.raises(ValueError, match="optimizer is 'adam'; choose adamw, sgd or lars"):
+        build_optimizer(nn.Linear(1, 1), "adam")

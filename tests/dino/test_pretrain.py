@@ -125,7 +125,13 @@ def test_a_finished_state_is_the_result(table: ImageTable, uninterrupted: Traini
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"drop_path_rate": 0.0}, {"blur_p": (0.0, 0.0, 0.0)}, {"head_batch_norm": True}]
+    "change",
+    [
+        *({"seed": 1}, {"drop_path_rate": 0.0}, {"blur_p": (0.0, 0.0, 0.0)}, {"head_batch_norm": True}),
+        *({"optimizer": "sgd", "lr_at_256": 1.0}, {"optimizer": "lars", "lr_at_256": 10.0}),
+        {"arch": "shufflenet_v2_x0_5", "drop_path_rate": 0.0, "optimizer": "sgd"},
+    ],
+    ids=lambda change: "-".join(map(str, change.values())),
 )
 def test_resuming_holds_for_other_settings_whose_results_differ(
     change: dict[str, Any], table: ImageTable, uninterrupted: TrainingState
@@ -293,7 +299,7 @@ def test_gradient_accumulation_is_one_batch(micro_batches: int, table: ImageTabl
 
     def two_steps(parts: int) -> dict[str, torch.Tensor]:
         dino = build_dino(CONFIG, table.channels).double()
-        optimizer = build_optimizer(dino.student)
+        optimizer = build_optimizer(dino.student, config.optimizer)
         center = torch.zeros(1, CONFIG.out_dim, dtype=torch.float64)
         for step in (4, 5):  # past the warm-up and the freezing
             rows = torch.arange(8 * (step - 4), 8 * (step - 3))

@@ -51,7 +51,7 @@ class Trajectory:
         self.dino = DINO(*backbones, *heads).double()
         for network in (self.dino.student, self.dino.teacher):
             network.load_state_dict(self.reference.under("student0/"))
-        self.optimizer = build_optimizer(self.dino.student)
+        self.optimizer = build_optimizer(self.dino.student, self.config.optimizer)
         self.center = torch.zeros(1, c["head"]["out_dim"], dtype=torch.float64)
 
     def crops(self, step: int) -> list[Tensor]:

@@ -23,7 +23,7 @@ FEW_STEPS, STOP_AFTER = 5, 3
 def few_steps(table: ImageTable, world: World, dtype: torch.dtype) -> dict[str, Any]:
     """Steps through the public train_step in this dtype: this rank's crops of the first, losses, centre, weights."""
     dino = build_dino(CONFIG, table.channels).to(dtype)
-    optimizer = build_optimizer(dino.student)
+    optimizer = build_optimizer(dino.student, CONFIG.optimizer)
     center, losses, first_crops = torch.zeros(1, CONFIG.out_dim, dtype=dtype), [], []
     for step in range(FEW_STEPS):
         batch_rows = torch.tensor(world.rows(CONFIG.batch))
