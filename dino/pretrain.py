@@ -14,6 +14,7 @@ from torch import Tensor
 from dino import draws
 from dino.ahead import ahead
 from dino.augment import multi_crop
+from dino.batch_norm import share_batch_norms
 from dino.config import PretrainConfig
 from dino.curve import Curve, StepResult, run_length
 from dino.distributed import World
@@ -228,6 +229,7 @@ def pretrain(
     check_fits(config, len(table), world)
     steps_per_epoch, total_steps = run_length(config, len(table))
     dino = build_dino(config, table.channels).to(world.device)
+    share_batch_norms(dino, world)
     depth = backbone_arch(config, table.channels).get("depth", 0)  # of a ViT; no other has stochastic depth
     optimizer = build_optimizer(dino.student, config.optimizer)
     step, points = 0, []

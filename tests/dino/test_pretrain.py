@@ -318,6 +318,23 @@ def test_gradient_accumulation_is_one_batch(micro_batches: int, table: ImageTabl
     assert all(tensor == 2 for name, tensor in parts.items() if name.startswith("steps."))
 
 
+# BatchNorm
+
+BATCH_NORM = replace(CONFIG, head_batch_norm=True, arch="shufflenet_v2_x0_5", drop_path_rate=0.0)
+
+
+def test_points_of_the_curve_leave_batch_norm_alone(table: ImageTable) -> None:
+    """The two global crops pass the teacher once a step; those that only look are not counted."""
+    final = pretrain(BATCH_NORM, table, world=ALONE, precision=FP32)
+    assert final.curve
+    counted = {
+        int(count)
+        for name, count in final.tensors.items()
+        if name.startswith("teacher.backbone.") and "num_batches" in name
+    }
+    assert counted == {STEPS}
+
+
 # Two processes
 
 
@@ -348,15 +365,28 @@ def test_ranks_share_the_rows_and_crops_of_one_process(ranks, alone) -> None:
         assert torch.equal(torch.cat([rank["float64"]["crops"][view] for rank in ranks]), crop)
 
 
-def test_ranks_compute_the_steps_of_one_process(ranks, alone) -> None:
-    expected = alone["float64"]
+@pytest.mark.parametrize("steps", ["float64", "convnet"])
+def test_ranks_compute_the_steps_of_one_process(steps: str, ranks, alone) -> None:
+    """The convnet's with BatchNorm, whose running statistics stand among the weights."""
+    expected = alone[steps]
     assert len(expected["losses"]) == FEW_STEPS
     for rank in ranks:
-        found = rank["float64"]
+        found = rank[steps]
         for name in ("losses", "center"):
             torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-9)
         for name, tensor in expected["weights"].items():
             torch.testing.assert_close(found["weights"][name], tensor, rtol=0, atol=1e-9, msg=name)
+
+
+def test_batch_norm_of_a_run_is_that_of_all_ranks(ranks) -> None:
+    """Running statistics that ranks did not share would differ."""
+    one, other = (rank["batch_norm"] for rank in ranks)
+    assert any("running_mean" in name for name in one)
+    assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
+
+
+def test_the_first_loss_of_ranks_in_fp32_is_that_of_one_process(ranks, alone) -> None:
+    for rank in ranks:
         first, expected_first = rank["float32"]["losses"][0], alone["float32"]["losses"][0]
         torch.testing.assert_close(first, expected_first, rtol=0, atol=1e-5)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tiny import SETTINGS, STEPS_PER_EPOCH
 
+from dino.batch_norm import share_batch_norms
 from dino.config import PretrainConfig
 from dino.distributed import World
 from dino.images import ImageTable
@@ -17,22 +18,27 @@ from dino.pretrain import Interrupted, make_micro_batches, pretrain, step_settin
 from dino.training_state import TrainingState, load_state, save_state
 
 CONFIG = PretrainConfig(**SETTINGS)
+CONVNET = dataclasses.replace(  # BatchNorm in backbone and head; crops large enough for statistics of many values
+    CONFIG, arch="shufflenet_v2_x0_5", drop_path_rate=0.0, head_batch_norm=True, global_px=32, local_px=24,
+    optimizer="sgd", lr_at_256=0.1,
+)  # fmt: skip
 FEW_STEPS, STOP_AFTER = 5, 3
 
 
-def few_steps(table: ImageTable, world: World, dtype: torch.dtype) -> dict[str, Any]:
+def few_steps(table: ImageTable, world: World, dtype: torch.dtype, config: PretrainConfig = CONFIG) -> dict[str, Any]:
     """Steps through the public train_step in this dtype: this rank's crops of the first, losses, centre, weights."""
-    dino = build_dino(CONFIG, table.channels).to(dtype)
-    optimizer = build_optimizer(dino.student, CONFIG.optimizer)
-    center, losses, first_crops = torch.zeros(1, CONFIG.out_dim, dtype=dtype), [], []
+    dino = build_dino(config, table.channels).to(dtype)
+    share_batch_norms(dino, world)
+    optimizer = build_optimizer(dino.student, config.optimizer)
+    center, losses, first_crops = torch.zeros(1, config.out_dim, dtype=dtype), [], []
     for step in range(FEW_STEPS):
-        batch_rows = torch.tensor(world.rows(CONFIG.batch))
-        images = table.batch((CONFIG.batch * step + batch_rows).tolist())
-        made = make_micro_batches(CONFIG, CONFIG.depth, step, images, batch_rows, table, world.device)
+        batch_rows = torch.tensor(world.rows(config.batch))
+        images = table.batch((config.batch * step + batch_rows).tolist())
+        made = make_micro_batches(config, config.depth or 0, step, images, batch_rows, table, world.device)
         first_crops = first_crops or made[0][0]
         parts = [([crop.to(dtype) for crop in crops], drawn) for crops, drawn in made]
-        settings = step_settings(CONFIG, step, STEPS_PER_EPOCH)
-        result = train_step(dino, optimizer, center, parts, settings, CONFIG, world)
+        settings = step_settings(config, step, STEPS_PER_EPOCH)
+        result = train_step(dino, optimizer, center, parts, settings, config, world)
         center = result.center
         losses.append(result.loss)
     return {"crops": first_crops, "losses": torch.stack(losses), "center": center, "weights": dino.state_dict()}
@@ -70,6 +76,13 @@ def compute(table: ImageTable, world: World, folder: Path) -> dict[str, Any]:
     return {
         "float64": few_steps(table, world, torch.float64),
         "float32": few_steps(table, world, torch.float32),
+        "convnet": few_steps(table, world, torch.float64, CONVNET),
+        "batch_norm": pretrain(
+            dataclasses.replace(CONFIG, head_batch_norm=True, epochs=1, teacher_temp_warmup_epochs=0),
+            table,
+            world=world,
+            precision=torch.float32,
+        ).tensors,
         "run": whole_run(table, world, folder),
     }
 
