@@ -29,7 +29,7 @@ class Ours:
         self.world = World(0, 1, device)
         self.precision = NAMES[resolve_precision(precision, device)]
         self.dino = build_dino(config, CHANNELS).to(device)
-        self.optimizer = build_optimizer(self.dino.student)
+        self.optimizer = build_optimizer(self.dino.student, config.optimizer)
         self.center = torch.zeros(1, config.out_dim, device=device)
         shape = (config.batch, CHANNELS, source_px, source_px)
         self.pixels_BCHW = torch.randint(256, shape, dtype=torch.uint8)

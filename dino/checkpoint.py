@@ -15,6 +15,7 @@ from dino.files import whole_file
 
 RESIZE_OVER_CROP = 256 / 224  # of evaluation images (the paper's)
 BACKBONE_FORMAT = "dino-backbone-1"
+STATE_FORMAT = "dino-training-state-1"
 RESTORE = "restore it (`dvc checkout`), or run the stage that writes it"
 FACTS = "dino"  # the one metadata entry: safetensors writes several in no fixed order, and bytes must repeat
 
@@ -87,8 +88,3 @@ def evaluation_size(facts: dict[str, Any]) -> tuple[int, int]:
         return size["resize_px"], size["crop_px"]
     crop_px = facts["params"]["global_px"]
     return round(crop_px * RESIZE_OVER_CROP), crop_px
-
-
-def untrained_backbone(facts: dict[str, Any]) -> nn.Module:
-    """The network that a checkpoint's training began with, in eval mode."""
-    return seeded_backbone(facts["arch"], facts["seed"]).eval()

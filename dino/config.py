@@ -24,6 +24,7 @@ TORCHVISION = (  # those of torchvision that give pooled features for images of 
     "wide_resnet50_2", "wide_resnet101_2",
 )  # fmt: skip
 OPTIMIZERS = ("adamw", "sgd", "lars")
+RANDOM_WEIGHTS = "weights/random"  # an empty file, which stands for weights drawn from the seed
 PRECISIONS = ("auto", "fp32", "bf16")
 GLOBAL_CROPS = 2
 
@@ -42,6 +43,7 @@ class PretrainConfig:
     micro_batches: int = 1
     snapshot_epochs: int = 10
 
+    initial_weights: str = RANDOM_WEIGHTS
     arch: str = "vit_small"
     patch_size: int = 16
     embed_dim: int | None = None

@@ -15,10 +15,11 @@ from dino import draws
 from dino.ahead import ahead
 from dino.augment import multi_crop
 from dino.batch_norm import share_batch_norms
-from dino.config import PretrainConfig
+from dino.config import RANDOM_WEIGHTS, PretrainConfig
 from dino.curve import Curve, StepResult, run_length
 from dino.distributed import World
 from dino.images import ImageBatch, ImageTable
+from dino.initial import initial_state
 from dino.loss import dino_loss
 from dino.model import DINO
 from dino.networks import backbone_arch, build_dino
@@ -200,6 +201,7 @@ def pretrain(
     precision: torch.dtype,
     state: TrainingState | None = None,
     report: Callable[[int, dict[str, float]], None] = lambda step, point: None,
+    say: Callable[[str], None] = lambda text: None,
     snapshot: Callable[[int, dict[str, Tensor]], None] = lambda epoch, backbone: None,
     save: Callable[[TrainingState], None] = lambda state: None,
     should_save: Callable[[], bool] = lambda: False,
@@ -234,6 +236,9 @@ def pretrain(
     optimizer = build_optimizer(dino.student, config.optimizer)
     step, points = 0, []
     center, loss_sum = torch.zeros(1, config.out_dim, device=world.device), torch.zeros((), device=world.device)
+    if state is None and config.initial_weights != RANDOM_WEIGHTS:
+        state, taken = initial_state(config, table.channels)
+        say(f"begins with {taken}")
     if state is not None:
         step, points = state.step, state.curve
         center, loss_sum = restore(state, dino, optimizer)

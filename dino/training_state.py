@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino.checkpoint import load_tensors, save_tensors
+from dino.checkpoint import STATE_FORMAT, load_tensors, save_tensors
 from dino.model import DINO
-
-STATE_FORMAT = "dino-training-state-1"
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,10 @@ def main() -> None:
     found = scores.evaluations()
     print_scores(console, found)
     if paths.PRETRAIN_METRICS.is_file():
-        health = read_metrics(paths.PRETRAIN_METRICS, "pretrain", "health")["health"]
+        training = read_metrics(paths.PRETRAIN_METRICS, "pretrain", "health")
+        health = training["health"]
+        if began_with := training.get("initial_weights"):
+            console.print(Text(f"untrained: the weights of {began_with}, before this training", style="dim"))
         with reading(paths.PRETRAIN_METRICS, "pretrain"):
             verdict = scores.verdict(found, health)
         console.print(Text(verdict.sentence, style=TONES[verdict.tone]))

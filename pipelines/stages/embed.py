@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from dino.backbones import feature_width
-from dino.checkpoint import load_backbone, untrained_backbone
+from dino.checkpoint import load_backbone
 from dino.distributed import World
 from dino.features import backbone_features, feature_batches, pixel_features
 from dino.images import ImageTable
+from dino.weights import untrained_backbone
 from pipelines import paths
 from pipelines.feature_file import GROUP_ROWS, Write, feature_writer
 from pipelines.params import Embed, Params

@@ -22,6 +22,7 @@ from dino.precision import NAMES
 from dino.pretrain import Interrupted, pretrain
 from dino.snapshots import Snapshots, kept_epochs, teacher_backbone
 from dino.training_state import TrainingState, save_state
+from dino.weights import digest
 from pipelines import paths, tracking
 from pipelines.crop_sheet import crop_sheet
 from pipelines.ending import StopRequest
@@ -69,6 +70,7 @@ def describe(config: PretrainConfig, table: ImageTable, key: str) -> dict[str, A
     return {
         "arch": backbone_arch(config, table.channels),
         "seed": config.seed,
+        "initial_weights_md5": digest(config.initial_weights),
         "channels": table.channels,
         "mean": table.mean,
         "std": table.std,
@@ -134,6 +136,7 @@ def train(
                 precision=NAMES[config.precision],
                 state=state,
                 report=report,
+                say=lambda text: print(f"pretrain: {text}", flush=True) if world.is_main else None,
                 snapshot=snapshots.save if world.is_main else lambda epoch, backbone: None,
                 save=resumable.save,
                 should_save=should_save,
@@ -190,6 +193,7 @@ def write_results(
             "images_seen": total_steps * config.batch,
             "parameters": sum(tensor.numel() for tensor in teacher_backbone(final.tensors).values()),
             "precision": config.precision,
+            "initial_weights": config.initial_weights if facts["initial_weights_md5"] else None,
             "key": facts["key"],
             "bit_exact": bit_exact,
             "snapshots_lost": list(snapshots_lost),

@@ -22,12 +22,12 @@ from dino.checkpoint import (
     load_backbone,
     load_tensors,
     save_tensors,
-    untrained_backbone,
 )
 from dino.config import PretrainConfig
 from dino.networks import backbone_arch, build_dino
 from dino.training_state import TrainingState, load_state, save_state
 from dino.vision_transformer import VisionTransformer
+from dino.weights import untrained_backbone
 
 CONFIG = PretrainConfig(**{**SETTINGS, "drop_path_rate": 0.0})
 ARCH = backbone_arch(CONFIG, channels=3)

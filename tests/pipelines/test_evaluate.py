@@ -19,12 +19,13 @@ import torch
 from PIL import Image
 
 from dino.backbones import seeded_backbone
-from dino.checkpoint import BACKBONE_FORMAT, load_backbone, save_tensors, untrained_backbone
+from dino.checkpoint import BACKBONE_FORMAT, load_backbone, save_tensors
 from dino.distributed import World
 from dino.features import extract_features
 from dino.images import ImageTable, write_image_table
 from dino.intervals import wilson_interval
 from dino.probe import Setting, train_probes
+from dino.weights import untrained_backbone
 from pipelines import params as settings
 from pipelines import paths
 from pipelines.feature_file import read_features

@@ -16,8 +16,9 @@ import pytest
 import yaml
 from tiny import SETTINGS, digits, write_table
 
-from dino.checkpoint import load_backbone, untrained_backbone
+from dino.checkpoint import load_backbone
 from dino.training_state import load_state
+from dino.weights import untrained_backbone
 
 PROJECT = Path(__file__).parents[2]
 OUTS = [
