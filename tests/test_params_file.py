@@ -83,7 +83,7 @@ def test_code_reads_every_key(path: tuple[str, ...]) -> None:
     assert is_read(*path)
 
 
-@pytest.mark.parametrize("path", ["pretrain.initial_weights", "knn.epochs", "probe.temperature", "runtime.embed.lrs"])
+@pytest.mark.parametrize("path", ["pretrain.initial_heads", "knn.epochs", "probe.temperature", "runtime.embed.lrs"])
 def test_a_key_that_nobody_reads_is_found(path: str) -> None:
     assert not is_read(*path.split("."))
 

@@ -49,7 +49,7 @@ def test_a_value_out_of_range_is_refused(field: str, value: object, cure: str) -
     assert line.startswith(f"{field} is {value!r}: ") and cure in line
 
 
-FREE = {"norm_last_layer", "head_batch_norm", "compile", "deterministic"}
+FREE = {"initial_weights", "norm_last_layer", "head_batch_norm", "compile", "deterministic"}
 
 
 def test_every_field_has_a_refusal_or_cannot_be_wrong() -> None:

@@ -259,7 +259,9 @@ def test_a_hostile_file_is_refused_and_runs_no_code(tmp_path: Path) -> None:
     hidden = argparse.Namespace(arch="vit_small", more=RunsCode(trace))  # within the settings that are let pass
     torch.save({"teacher": {"backbone.x": torch.ones(1)}, "args": hidden}, tmp_path / "hidden.pth")
     for path in tmp_path.glob("*.pth"):
-        with pytest.raises(ValueError, match=rf"{path.name} holds more than tensors, .*; it was not read"):
+        with pytest.raises(
+            ValueError, match=rf"{path.name} is no file of plain weights: .* could run code \(none was run\)$"
+        ):
             read_weights(path)
         assert not trace.exists()
     with pytest.raises(AssertionError):  # the trap does snap
@@ -302,7 +304,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     torch.save([torch.ones(3)], tmp_path / "list.pth")
     torch.save({"epoch": 3}, tmp_path / "none.pth")
     for path in tmp_path.glob("*.pth"):
-        with pytest.raises(ValueError, match=rf"{path.name} (is no file of weights|holds no weights)"):
+        with pytest.raises(ValueError, match=rf"{path.name} (is no file of |holds no weights)"):
             read_weights(path)
     with pytest.raises(ValueError, match=r"initial_weights is '/none\.pth': there is no such file"):
         digest("/none.pth")
