@@ -17,7 +17,7 @@ REFUSED = [
     *((name, [-0.1, 1.1, NAN], SHARE) for name in ("flip", "jitter_p", "grayscale_p")),
     *((name, [-0.1, 1.1, NAN], SHARE) for name in ("center_momentum", "ema_momentum")),
     *((name, [0, -1], ONE) for name in ("epochs", "batch", "micro_batches", "patch_size", "out_dim")),
-    *((name, [0, -1], ONE) for name in ("hidden_dim", "bottleneck_dim", "head_layers")),
+    *((name, [0, -1], ONE) for name in ("hidden_dim", "bottleneck_dim", "head_layers", "snapshot_epochs")),
     *((name, [0, -1], ONE) for name in ("global_px", "local_px", "embed_dim", "depth", "num_heads")),
     *((name, [0.0, -0.1, NAN, INF], POSITIVE) for name in ("student_temp", "teacher_temp_start", "teacher_temp")),
     ("position_std", [0.0, -0.1, NAN, INF], POSITIVE),

@@ -217,7 +217,7 @@ def test_an_anchor_of_one_value_is_plain_yaml(tmp_path: Path) -> None:
     text = yaml.safe_dump(GOOD).replace("seed: 0", "seed: &seed 3", 1)
     text = text[: text.rindex("seed: 0")] + "seed: *seed" + text[text.rindex("seed: 0") + len("seed: 0") :]
     found = load_text(text, tmp_path)
-    assert sorted([found.data.seed, found.pretrain.seed, found.probe.seed]) == [0, 3, 3]
+    assert sorted([found.data.seed, found.pretrain.seed, found.probe.seed, found.select.seed]) == [0, 0, 3, 3]
 
 
 def test_a_huge_file_is_refused_unread(tmp_path: Path) -> None:
