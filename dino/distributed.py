@@ -42,6 +42,22 @@ def _choose_device(size: int, local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
+@contextmanager
+def _the_others() -> Iterator[None]:
+    """A block that needs every rank.
+
+    Raises:
+        ConnectionError: One of them is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(
+            "another process of this run has ended; its own words say why. What was saved stays: run the same command "
+            f"again to go on ({str(error).strip().partition(chr(10))[0][:200]})"
+        ) from error
+
+
 @dataclass(frozen=True)
 class World:
     """The processes that work on one thing: this one's rank, how many there are, and where this one computes.
@@ -103,7 +119,8 @@ class World:
         if self.size == 1:
             return values.detach()
         total = values.detach().clone()
-        dist.all_reduce(total)
+        with _the_others():
+            dist.all_reduce(total)
         return total
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
@@ -123,15 +140,18 @@ class World:
             return rows
         count = torch.tensor([len(rows)], device=rows.device)
         counts = [torch.zeros_like(count) for _ in range(self.size)]
-        dist.all_gather(counts, count)
+        with _the_others():
+            dist.all_gather(counts, count)
         lengths = [int(n) for n in counts]
         padded = rows.new_zeros((max(lengths), *rows.shape[1:]))
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(parts, padded)
+        with _the_others():
+            dist.all_gather(parts, padded)
         return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:
-            dist.barrier()
+            with _the_others():
+                dist.barrier()

@@ -275,4 +275,6 @@ def pretrain(
                 world.barrier()  # a rank that ends makes torchrun end the others, which may still write
             if stop:
                 raise Interrupted(f"stopped after step {step} of {total_steps}")
-    return capture(step, curve.points, dino, optimizer, center, curve.loss_sum)
+    final = capture(step, curve.points, dino, optimizer, center, curve.loss_sum)
+    curve.refuse_not_finite(final.tensors, step)
+    return final

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 
 from dino.files import in_words
-from pipelines import launch, params, paths
+from pipelines import launch, params, paths, shortage
 from pipelines.ending import EXIT_REQUEUE
 from pipelines.lock import hold
 from pipelines.seconds import note_seconds
@@ -50,11 +50,12 @@ def run_command(name: str, work: Callable[[], None]) -> None:
         with suppress(OSError):  # who read us may have ended too
             print(f"{name}: {stopped}", file=sys.stderr)
         sys.exit(EXIT_REQUEUE)
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, MemoryError, RuntimeError) as error:
+        if not isinstance(error, USER_ERRORS) and not shortage.lacks_memory(error):
+            raise  # a fault of ours: its place in the code is what counts
         if os.environ.get(SHOW_TRACEBACK):
             traceback.print_exc()
-        text = in_words(error) if isinstance(error, OSError) else error
-        print(f"\n{name} failed: {text}\n(set {SHOW_TRACEBACK}=1 to see where in the code)", file=sys.stderr)
+        print(f"\n{name} failed: {told(error)}\n(set {SHOW_TRACEBACK}=1 to see where in the code)", file=sys.stderr)
         sys.exit(EXIT_ERROR)
 
 
@@ -63,6 +64,13 @@ def positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise ValueError(text)
     return number
+
+
+def told(error: BaseException) -> str:
+    """The error in words, with its cure."""
+    if isinstance(error, OSError):
+        return in_words(error)
+    return str(error) if isinstance(error, USER_ERRORS) else shortage.told(error)
 
 
 def only_one(name: str, wait_minutes: float) -> AbstractContextManager[None]:

@@ -40,6 +40,7 @@ PLUMBING = {"dino/__init__.py"} | {
             "stage",
             "seconds",
             "reading",
+            "shortage",
             "progress",
             "pace",
             "launch",

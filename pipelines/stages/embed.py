@@ -20,6 +20,7 @@ from pipelines import paths
 from pipelines.feature_file import GROUP_ROWS, Write, feature_writer
 from pipelines.params import Embed, Params
 from pipelines.progress import progress
+from pipelines.shortage import MemoryShortError, in_short, lacks_memory
 from pipelines.stage import run_stage
 
 PIXEL_NUMBERS = 4096  # of an image; beyond it the pixels' probe and k-NN outgrow memory and patience
@@ -27,8 +28,17 @@ PIXEL_NUMBERS = 4096  # of an image; beyond it the pixels' probe and k-NN outgro
 
 def main(params: Params) -> None:
     """Embed all images."""
+    batch = params.runtime.embed.batch
     with World.start() as world:
-        embed(params.embed, batch=params.runtime.embed.batch, world=world)
+        try:
+            embed(params.embed, batch=batch, world=world)
+        except (MemoryError, RuntimeError) as error:
+            if not lacks_memory(error) or batch == 1:
+                raise
+            raise MemoryShortError(
+                f"out of memory ({in_short(error)}) with {batch} images at once: set runtime.embed.batch to "
+                f"{batch // 2}, which changes speed only"
+            ) from error
 
 
 def embed(sizes: Embed, *, batch: int, world: World) -> None:

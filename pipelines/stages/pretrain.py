@@ -1,6 +1,7 @@
 """Stage pretrain: DINO self-distillation on the prepared training images."""
 
 import csv
+import gc
 import math
 import os
 import sys
@@ -15,6 +16,7 @@ from dino.config import PretrainConfig
 from dino.curve import CURVE_COLUMNS, run_length
 from dino.distributed import World
 from dino.files import whole_file
+from dino.fitting import fitting_micro_batches
 from dino.health import Diagnosis, diagnose
 from dino.images import ImageTable
 from dino.networks import backbone_arch
@@ -32,6 +34,7 @@ from pipelines.params import Params
 from pipelines.progress import progress
 from pipelines.resumable import Resumable, environment
 from pipelines.save_clock import SaveClock
+from pipelines.shortage import MemoryShortError, in_short, lacks_memory
 from pipelines.stage import Requeue, run_stage
 
 SHEET_IMAGES = 8
@@ -128,6 +131,7 @@ def train(
             if point:
                 tracker.log_curve_points([(step, {**point, **pace.numbers()})])
 
+        short = ""
         try:
             final = pretrain(
                 config,
@@ -145,11 +149,39 @@ def train(
             )
         except Interrupted as stopped:
             raise Requeue(f"{stopped}; its state is saved, run the same command again to go on") from None
+        except FloatingPointError as diverged:
+            raise FloatingPointError(
+                f"{diverged} The last good save stays, but from it the same settings come to the same end: change them"
+            ) from diverged
+        except (MemoryError, RuntimeError) as error:
+            if not lacks_memory(error):
+                raise
+            short = in_short(error)
+    if short:
+        raise MemoryShortError(f"out of memory ({short}): {what_fits(config, table, world)}")
     if first < total_steps:
         if world.is_main:
             print(f"pretrain: {pace.verdict()}", flush=True)
         resumable.save(final)  # a lost lock, or DVC killed before it recorded the outs, then costs seconds
     return final, [*lost]
+
+
+def what_fits(config: PretrainConfig, table: ImageTable, world: World) -> str:
+    """What to lower, and to what; tried, when all that the training held is freed."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    print("pretrain: out of memory; trying what fits ...", file=sys.stderr, flush=True)
+    fits, tried = fitting_micro_batches(config, table.path, world.size, beside="pipelines.stages.pretrain")
+    if fits:
+        return (
+            f"set pretrain.micro_batches to {fits} (now {config.micro_batches}): some steps and a save with it were "
+            "tried just now, in the memory that is free now"
+        )
+    numbers = f"with {', '.join(map(str, tried))} does not fit either (tried)" if tried else "can't be raised"
+    return (
+        f"pretrain.micro_batches {numbers}: lower pretrain.global_px, embed_dim, depth or out_dim, or free memory; the "
+        "last save stays"
+    )
 
 
 def refuse_different_states(world: World, step: int) -> None:

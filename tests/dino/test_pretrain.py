@@ -235,6 +235,15 @@ def test_a_state_that_is_not_finite_is_never_saved(table: ImageTable) -> None:
         assert all(tensor.isfinite().all() for tensor in state.tensors.values())
 
 
+def test_a_result_that_is_not_finite_is_none(table: ImageTable) -> None:
+    """The last step's loss is finite and so are the backbone's features; a weight of the head is not."""
+    state = stopped_after(STEPS - 1, table)
+    name = "optimizer.exp_avg.head.mlp.0.weight"
+    state = replace(state, tensors=state.tensors | {name: torch.full_like(state.tensors[name], torch.nan)})
+    with pytest.raises(FloatingPointError, match=rf"^step {STEPS}: .*head.*not finite"):
+        pretrain(CONFIG, table, world=ALONE, precision=FP32, state=state)
+
+
 def test_a_divergence_is_told_as_such_at_a_point_too(table: ImageTable) -> None:
     with pytest.raises(FloatingPointError, match=r"^step \d+: .* not finite"):
         pretrain(replace(CONFIG, lr_at_256=1e41, warmup_epochs=0), table, world=ALONE, precision=FP32)
