@@ -4,7 +4,7 @@ The one home of YAML and pydantic. What a value does stands in params.yaml's com
 """
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from reprlib import repr as short_repr
@@ -275,3 +275,13 @@ def _did_you_mean(section: list[Any], key: str) -> str:
     fields = known.model_fields if hasattr(known, "model_fields") else known.__dataclass_fields__
     close = get_close_matches(key, list(fields), n=1)
     return f"; did you mean {'.'.join([*map(str, section), close[0]])}?" if close else "; remove it"
+
+
+def rewrite(path: Path, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Change values of a params.yaml in place, section by section, sections within sections too; comments are lost."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for section, changes in settings.items():
+        for name, value in changes.items():
+            inner = content[section].get(name)
+            content[section][name] = {**inner, **value} if isinstance(inner, dict) else value
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")

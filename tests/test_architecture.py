@@ -47,7 +47,7 @@ PLUMBING = {"dino/__init__.py"} | {
             "resumable",
         ),
         *("tracking", "mlflow_store", "row", "view", "workspace", "sync", "ui", "table"),
-        *("stages/__init__", "ending", "lock", "save_clock", "states"),
+        *("stages/__init__", "ending", "lock", "save_clock", "states", "scratch", "differences", "seconds"),
         *("graph", "warden", "flow", "serve", "local_server", "summary"),
         *("verify", "sweep", "trace", "promote"),
     )
