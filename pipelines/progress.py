@@ -1,5 +1,6 @@
 """How far a long step is: a bar on a terminal, else a line now and then (logs stay short)."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 15.0
+BETWEEN_LINES = "DINO_PROGRESS_SECONDS"  # another number of seconds; 0: a line for every advance
 
 
 class Advance(Protocol):
@@ -63,11 +65,28 @@ class _Count(ProgressColumn):
         return Text(_count(int(task.completed), total, self.unit, task.finished_speed or task.speed or 0.0))
 
 
+def seconds_between_lines() -> float:
+    """DINO_PROGRESS_SECONDS, or the usual pause.
+
+    Raises:
+        ValueError: It is no number of seconds.
+    """
+    text = os.environ.get(BETWEEN_LINES, "")
+    try:
+        seconds = float(text or SECONDS_BETWEEN_LINES)
+    except ValueError:
+        seconds = -1.0
+    if not seconds >= 0:
+        raise ValueError(f"{BETWEEN_LINES} is {text!r}: choose a number of seconds, 0 or more, or unset it")
+    return seconds
+
+
 class _Lines:
-    """A line each SECONDS_BETWEEN_LINES; nothing for what is done sooner."""
+    """A line each so many seconds; nothing for what is done sooner."""
 
     def __init__(self, what: str, total: int | None, unit: str):
         self.what, self.total, self.unit = what, total, unit
+        self.pause = seconds_between_lines()
         self.done, self.note = 0, ""
         self.start = self.last = time.monotonic()
 
@@ -75,7 +94,7 @@ class _Lines:
         self.done += more
         self.note = note or self.note
         now = time.monotonic()
-        if now - self.last >= SECONDS_BETWEEN_LINES:
+        if now - self.last >= self.pause:
             self.last = now
             speed = self.done / (now - self.start)
             left = "" if self.total is None else f", {_duration((self.total - self.done) / speed)} left"

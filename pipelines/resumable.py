@@ -20,7 +20,7 @@ from dino.training_state import TrainingState, load_state, save_state
 from pipelines import paths
 from pipelines.lock import hold
 
-LOCK, NEWEST, PREVIOUS = "lock", "state.safetensors", "previous.safetensors"
+LOCK, NEXT, NEWEST, PREVIOUS = "lock", "next.safetensors", "state.safetensors", "previous.safetensors"
 
 
 def states_folder() -> Path:
@@ -87,8 +87,8 @@ class Resumable:
         if self.writes:
             does = f"trains this very setting (its state lies in {self.folder})"
             self._lock.enter_context(hold(self.folder / LOCK, does, self.wait_minutes))
-            for half_written in self.folder.glob(".*.part.safetensors"):  # by a process that was killed
-                half_written.unlink()
+            for unfinished in (*self.folder.rglob(".*.part.safetensors"), self.folder / NEXT):  # by a killed process
+                unfinished.unlink(missing_ok=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -135,7 +135,7 @@ class Resumable:
         if not self.writes:
             return
         began = time.monotonic()
-        aside = self.folder / "next.safetensors"
+        aside = self.folder / NEXT
         save_state(aside, state, {"environment": self.environment, "bit_exact": self.bit_exact, "about": self.about})
         forget_cached(aside)
         try:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pipelines import ending, paths
 from pipelines.differences import difference
-from pipelines.graph import Outcome, StageRunner, select, stage_graph
+from pipelines.graph import Outcome, StageRunner, stages_for, stage_graph
 from pipelines.scratch import copy_repository
 from pipelines.seconds import read_seconds
 from pipelines.workspace import Lock
@@ -49,7 +49,7 @@ def verify(targets: Sequence[str], keep: bool = False) -> int:
         ValueError: an unknown stage, one that never ran, or one whose outs or needs are not what dvc.lock holds.
     """
     graph = stage_graph()
-    select(graph, targets)  # refuses unknown ones
+    stages_for(graph, targets)  # refuses unknown ones
     stages = [stage for stage in graph if stage in targets or not targets]
     lock = Lock()
     refuse_never_run(lock, stages)
