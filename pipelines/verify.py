@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pipelines import ending, paths
 from pipelines.differences import difference
-from pipelines.graph import Outcome, StageRunner, stages_for, stage_graph
+from pipelines.graph import Outcome, StageRunner, stage_graph, stages_for
 from pipelines.scratch import copy_repository
 from pipelines.seconds import read_seconds
 from pipelines.workspace import Lock
