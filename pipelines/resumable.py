@@ -4,6 +4,7 @@ DVC deletes outs before it runs a stage, so what a training resumes from cannot 
 a changed setting never resumes a stale run, and a setting that comes back resumes its own.
 """
 
+import math
 import os
 import platform
 import sys
@@ -79,7 +80,7 @@ class Resumable:
         self.writes = writes
         self.wait_minutes = wait_minutes
         self.bit_exact = True
-        self.seconds_of_a_save = 0.0
+        self.saved_at = -math.inf  # when the last save ended, by time.monotonic
         self.newest, self.previous = self.folder / NEWEST, self.folder / PREVIOUS
         self._lock = ExitStack()
 
@@ -134,7 +135,6 @@ class Resumable:
         """
         if not self.writes:
             return
-        began = time.monotonic()
         aside = self.folder / NEXT
         save_state(aside, state, {"environment": self.environment, "bit_exact": self.bit_exact, "about": self.about})
         forget_cached(aside)
@@ -149,7 +149,7 @@ class Resumable:
             self.newest.replace(self.previous)
         aside.replace(self.newest)
         flush_folder(self.folder)
-        self.seconds_of_a_save = time.monotonic() - began
+        self.saved_at = time.monotonic()
 
 
 def forget_cached(path: Path) -> None:

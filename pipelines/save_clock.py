@@ -15,7 +15,7 @@ class SaveClock:
     Args:
         minutes: None: only by steps.
         steps: None: only by minutes.
-        seconds_of_a_save: What the last one took; 0 before the first.
+        saved_at: When the last save ended, by the same clock; anything before the start: none yet.
         now: A clock, in seconds.
     """
 
@@ -23,11 +23,11 @@ class SaveClock:
         self,
         minutes: float | None,
         steps: int | None,
-        seconds_of_a_save: Callable[[], float],
+        saved_at: Callable[[], float],
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.minutes, self.steps = minutes, steps
-        self.seconds_of_a_save, self.now = seconds_of_a_save, now
+        self.saved_at, self.now = saved_at, now
         self.steps_since, self.last = 0, now()
 
     def __call__(self) -> bool:
@@ -37,7 +37,8 @@ class SaveClock:
         if not by_steps:
             if self.minutes is None:
                 return False
-            interval = max(60 * self.minutes, self.seconds_of_a_save() / MAX_SHARE)
+            cost = self.saved_at() - self.last  # from the word to save, so with the copy off the device
+            interval = max(60 * self.minutes, cost / MAX_SHARE)
             if self.now() - self.last < interval:
                 return False
         self.steps_since, self.last = 0, self.now()

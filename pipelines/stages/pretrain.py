@@ -56,7 +56,7 @@ def main(params: Params) -> None:
         with resumable, tracking.pretraining(params, key, resolved=asdict(config)) as tracker:
             stop = StopRequest()
             often = params.runtime.pretrain
-            clock = SaveClock(often.save_minutes, often.save_steps, lambda: resumable.seconds_of_a_save)
+            clock = SaveClock(often.save_minutes, often.save_steps, lambda: resumable.saved_at)
             due = clock if world.is_main else lambda: False  # one rank's word is enough, and each has its own clock
             facts = describe(config, table, key)
             snapshots = Snapshots(resumable.folder, facts, run_length(config, len(table))[0])

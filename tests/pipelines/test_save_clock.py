@@ -9,14 +9,14 @@ def saved_at(
     minutes: float | None, steps: int | None, count: int, step_s: float = 10.0, save_s: float = 0.0
 ) -> list[int]:
     """Steps after which a training of `count` steps saves, each step and save of this many seconds."""
-    time, found, cost = 0.0, [], 0.0
-    clock = SaveClock(minutes, steps, lambda: cost, now=lambda: time)
+    time, found, saved = 0.0, [], float("-inf")
+    clock = SaveClock(minutes, steps, lambda: saved, now=lambda: time)
     for step in range(1, count + 1):
         time += step_s
         if clock():
             found.append(step)
-            cost = save_s
             time += save_s
+            saved = time
     return found
 
 
