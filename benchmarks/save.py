@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import torch
 
@@ -24,13 +24,14 @@ from pipelines import params
 from pipelines.resumable import Resumable
 from pipelines.save_clock import MAX_SHARE
 
+PAPER = {"patch_size": 16, "global_px": 224, "local_px": 96, "hidden_dim": 2048, "bottleneck_dim": 256}
 SIZES = ("embed_dim", "depth", "num_heads")  # null: the named size's own
 
 
 def measure(config: PretrainConfig, saves: int, minutes: float) -> dict[str, object]:
     """Save a state of this training so many times, below .work/ of a folder on the disk of the current directory."""
     dino = build_dino(config, channels=3)
-    moments = {
+    moments: dict[torch.Tensor, dict[str, torch.Tensor]] = {
         parameter: {
             "step": torch.tensor(1.0),
             "exp_avg": torch.rand_like(parameter),
@@ -78,16 +79,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out-dim", type=int)
     parser.add_argument("--saves", type=int, default=10)
     options = parser.parse_args(arguments)
-    config = PretrainConfig(**asdict(settings.pretrain))
+    chosen = asdict(settings.pretrain)
     if options.arch:
-        paper = {"patch_size": 16, "global_px": 224, "local_px": 96, "hidden_dim": 2048, "bottleneck_dim": 256}
-        config = replace(config, arch=options.arch, **dict.fromkeys(SIZES), **paper)
+        chosen |= {"arch": options.arch, **dict.fromkeys(SIZES), **PAPER}
     if options.out_dim:
-        config = replace(config, out_dim=options.out_dim)
+        chosen |= {"out_dim": options.out_dim}
     minutes = settings.runtime.pretrain.save_minutes
     if minutes is None:
         parser.error("runtime.pretrain.save_minutes is null in params.yaml: there is no interval to compare with")
-    print(json.dumps(measure(config, options.saves, minutes)))
+    print(json.dumps(measure(PretrainConfig(**chosen), options.saves, minutes)))
     return 0
 
 

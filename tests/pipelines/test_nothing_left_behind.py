@@ -25,6 +25,7 @@ LONG |= {"epochs": 100_000, "snapshot_epochs": 100_000, "depth": 1}
 NEVER = {"save_minutes": 1e6, "save_steps": None}  # so what is saved, was saved on the way out
 DVC = [sys.executable, "-P", "-m", "dvc", "repro", "-s", "pretrain"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+SEVERAL: dict[str, str] = {}  # DINO_PROCESSES, where a test wants it
 MAKE = ["make", "-o", ".venv/.installed", "run"]
 FLOW = [sys.executable, "-m", "pipelines.flow", "pretrain"]
 
@@ -57,7 +58,12 @@ def environment(root: Path) -> dict[str, str]:
     outside = {name: value for name, value in os.environ.items() if not name.startswith(("DINO_", "DVC_", "PREFECT_"))}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     ours = {"PATH": path, "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-    return outside | ours | {"DINO_PROGRESS_SECONDS": "0", "DINO_DEVICE": "cpu", "PREFECT_HOME": str(root / "prefect")}
+    return (
+        outside
+        | ours
+        | SEVERAL
+        | {"DINO_PROGRESS_SECONDS": "0", "DINO_DEVICE": "cpu", "PREFECT_HOME": str(root / "prefect")}
+    )
 
 
 class Command:
@@ -189,13 +195,15 @@ def test_the_flow(end: Callable[[subprocess.Popen[str]], None], prepared: Path, 
 
 @pytest.mark.acceptance
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
-@pytest.mark.parametrize("tether", [[], [sys.executable, "-m", "pipelines.ending"]], ids=["bare", "tethered"])
-def test_torchrun(
-    tether: list[str], end: Callable[[subprocess.Popen[str]], None], table_only: Path, tmp_path: Path
-) -> None:
+def test_torchrun(end: Callable[[subprocess.Popen[str]], None], table_only: Path, tmp_path: Path) -> None:
     """Its ranks live in sessions of their own."""
-    command = [*TORCHRUN, "-m", "pipelines.stages.pretrain"]
-    if tether:  # started by something that dies
-        code = f"import subprocess, sys; sys.exit(subprocess.run({[*tether, *command]!r}).returncode)"
-        command = [sys.executable, "-c", code]
-    ends_in_order(fresh(table_only, tmp_path), command, end)
+    ends_in_order(fresh(table_only, tmp_path), [*TORCHRUN, "-m", "pipelines.stages.pretrain"], end)
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+def test_dvc_whose_stage_starts_several_processes(
+    end: Callable[[subprocess.Popen[str]], None], table_only: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SEVERAL, "DINO_PROCESSES", "2")
+    ends_in_order(fresh(table_only, tmp_path), DVC, end)
