@@ -19,8 +19,8 @@ import pathlib, time
 from pipelines import ending
 ending.heed(ending.leave)
 ending.watch_parent()
-print("here", flush=True)
 try:
+    print("here", flush=True)
     time.sleep(60)
 finally:
     pathlib.Path("tidied").touch()
