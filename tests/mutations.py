@@ -467,6 +467,18 @@ MUTATIONS = [
     Mutation("evaluation", "long side rounded where torchvision truncates", AUGMENT,
              "keepdim=True)).floor()  # torchvision", "keepdim=True)).ceil()  # torchvision",
              "test_augment.py::test_evaluation_images_are_torchvisions"),
+    Mutation("evaluation", "dino.load overlooks the size that the checkpoint was judged at", "dino/checkpoint.py",
+             'if size := facts.get("evaluation"):', 'if size := facts.get("judged_at"):',
+             "test_pretrained.py::test_the_size_is_the_checkpoints_or_the_papers_share_of_the_training_crop"),
+    Mutation("evaluation", "dino.load's images are not normalised", "dino/pretrained.py",
+             "return normalize(crops, self.mean, self.std)", "return crops",
+             "test_pretrained.py::test_features_are_those_of_the_pipeline"),
+    Mutation("evaluation", "mean and std are missing in the ONNX graph", "dino/export.py",
+             "self.backbone(normalize(images, self.mean, self.std))", "self.backbone(images)",
+             "test_export.py::test_onnx_gives_torchs_features_of_pixels_for_any_batch[3]"),
+    Mutation("evaluation", "an export that is not a number appears", "dino/export.py",
+             "if not difference <= TOLERANCE:", "if difference > TOLERANCE:",
+             "test_export.py::test_a_file_that_is_not_right_does_not_appear[export_timm]"),
 ]  # fmt: skip
 
 

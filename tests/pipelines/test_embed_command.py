@@ -227,6 +227,15 @@ def test_errors_of_the_command_are_one_message(
     assert "embed failed: no checkpoint at" in errors and "Traceback" not in errors
 
 
+def test_a_file_that_changes_while_the_folder_is_read_is_named(tmp_path: Path, checkpoint: Path) -> None:
+    """Else its features would be kept under the size and time that it had before."""
+    folder, transform = fill(tmp_path / "images", 1), dino.load(checkpoint).transform
+    listed = embed.File.of(folder, "d0/deeper/0000.png")
+    assert embed.look_at(folder, listed, transform).crop_CPP is not None
+    os.utime(folder / listed.path, (1, 1))
+    assert "changed while the folder was read" in embed.look_at(folder, listed, transform).why
+
+
 def test_two_processes_do_not_write_one_output(tmp_path: Path, checkpoint: Path) -> None:
     folder, out = fill(tmp_path / "images", 3), tmp_path / "features.parquet"
     facts = dict.fromkeys(("checkpoint_md5", "folder", "resize_px", "crop_px", "channels"), "")
