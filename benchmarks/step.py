@@ -4,13 +4,14 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.measure import by_turns, emit, peak_extra_bytes, product, ratios, summary
+from benchmarks.measure import Apart, by_turns, emit, peak_extra_bytes, product, ratios, summary
 from benchmarks.options import add_network, device_of, network_config, parser, step_flop
 from benchmarks.plain import Head, MultiCrop, PlainDino, Vit
 from dino.augment import multi_crop
 from dino.config import PretrainConfig
 from dino.distributed import World
 from dino.images import ImageBatch
+from dino.memory import keep_freed_memory
 from dino.networks import backbone_arch, build_dino
 from dino.optimizer import build_optimizer
 from dino.precision import NAMES, resolve_precision
@@ -18,7 +19,7 @@ from dino.pretrain import StepSettings, drop_path_draws, train_step
 
 SETTINGS = StepSettings(lr=1e-5, weight_decay=0.04, ema_momentum=0.996, teacher_temp=0.04, freeze_last_layer=False)
 CHANNELS = 3
-PLAIN_STATISTICS = {"mean": [0.45] * CHANNELS, "std": [0.25] * CHANNELS}
+STATISTICS = {"mean": [0.45] * CHANNELS, "std": [0.25] * CHANNELS}
 
 
 class Ours:
@@ -41,7 +42,7 @@ class Ours:
         """From uint8 in memory to all crops on the device."""
         sizes_B2 = torch.tensor([self.pixels_BCHW.shape[2:]]).repeat(len(self.pixels_BCHW), 1)
         batch = ImageBatch(self.pixels_BCHW.to(self.device, non_blocking=True), sizes_B2)
-        return multi_crop(batch, config=self.config, step=self.number, rows=self.rows, **PLAIN_STATISTICS)
+        return multi_crop(batch, config=self.config, step=self.number, rows=self.rows, **STATISTICS)
 
     def step(self) -> None:
         """One optimizer step."""
@@ -66,6 +67,12 @@ class Ours:
         return sum(x.numel() * x.element_size() for x in tensors)
 
 
+def plain_step(config: PretrainConfig, crops: list[torch.Tensor], device: torch.device) -> Callable[[], object]:
+    """The plain step on these crops."""
+    peer = plain_dino(config, device)
+    return lambda: peer.step(crops, SETTINGS, config)
+
+
 def plain_dino(config: PretrainConfig, device: torch.device) -> PlainDino:
     """The peer, of the same size."""
     arch = backbone_arch(config, CHANNELS)
@@ -86,21 +93,25 @@ def main() -> None:
     chosen = options.parse_args()
     config, device = network_config(chosen), device_of(chosen)
     torch.manual_seed(0)
+    if device.type == "cpu":
+        keep_freed_memory()  # as `World.start` does
     ours = Ours(config, chosen.source_px or config.global_px * 8 // 7, device, chosen.precision)
     if chosen.compile:
         ours.dino.student.compile()
         ours.dino.teacher.compile()
     contestants: dict[str, Callable[[], object]] = {"ours": ours.step, "crops": ours.make_crops}
     if not chosen.alone:
-        peer = plain_dino(config, device)
-        contestants["plain"] = lambda: peer.step(ours.crops, SETTINGS, config)
+        contestants["plain_same_memory"] = plain_step(config, ours.crops, device)
+        if device.type == "cpu":  # elsewhere freed memory is kept anyway
+            contestants["plain"] = Apart(plain_step, config, ours.crops, device, clock=chosen.clock)
     contestants["product"], product_flop = product(device)
     seconds = by_turns(contestants, rounds=chosen.steps, device=device, clock=chosen.clock)
     extra = peak_extra_bytes(ours.step, device)
     step, crops, rate = (summary(seconds[name]) for name in ("ours", "crops", "product"))
     flop_per_s = step_flop(config) / step["median"]
     product_per_s = product_flop / rate["median"]
-    peers = ratios({name: seconds[name] for name in ("ours", "plain") if name in seconds}, "ours")
+    plain = {name: values for name, values in seconds.items() if name.startswith(("ours", "plain"))}
+    peers = ratios(plain, "ours")
     results = {
         "step_s": step["median"],
         "crops_s": crops["median"],

@@ -15,12 +15,14 @@ from torch import Tensor
 from dino import draws
 from dino.config import GLOBAL_CROPS, PretrainConfig
 from dino.images import ImageBatch
-from dino.resample import axis_weights, resample
+from dino.resample import axis_weights, resample, resample_box
 
 BOX_ATTEMPTS = 10  # of RandomResizedCrop, before it falls back to the centre
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # torchvision's and PIL's (ITU-R 601)
 BLUR_REACH = 4  # standard deviations beyond which the kernel (3e-4 of its peak) is cut
 SOLARIZE_THRESHOLD = 128 / 255
+TINY = 1e-9  # below any difference of two pixels, so that grey (chroma 0) divides
+CACHED_VALUES = 1 << 18  # of fp32, about a core's own cache: on a CPU so many are distorted at once
 JITTER_OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 
 
@@ -40,6 +42,10 @@ class CropDraws:
     blur: Tensor  # bool [N]
     radius: Tensor  # float64 [N]: standard deviation in pixels
     solarize: Tensor  # bool [N]
+
+    def rows(self, part: slice) -> "CropDraws":
+        """The draws of some crops."""
+        return CropDraws(**{f.name: getattr(self, f.name)[part] for f in fields(CropDraws)})
 
     @staticmethod
     def cat(parts: "list[CropDraws]") -> "CropDraws":
@@ -107,6 +113,26 @@ def draw_view(config: PretrainConfig, view: int, step: int, rows: Tensor, sizes_
 
 def crop_boxes(pixels_BCHW: Tensor, draws_N: CropDraws, crop_px: int) -> Tensor:
     """Cut, resize and flip: uint8 [B, C, H, W] -> fp32 [N, C, P, P] of 0..1; N a multiple of B."""
+    cut = cut_each if pixels_BCHW.device.type == "cpu" else cut_by_products
+    return cut(pixels_BCHW, draws_N, crop_px)
+
+
+def cut_each(pixels_BCHW: Tensor, draws_N: CropDraws, crop_px: int) -> Tensor:
+    """`crop_boxes` box after box: on a CPU, where a product would mostly multiply pixels outside the box by zero."""
+    boxes = zip(*(x.tolist() for x in (draws_N.top, draws_N.left, draws_N.height, draws_N.width)), strict=True)
+    images = torch.cat(
+        [
+            resample_box(pixels_BCHW[n % len(pixels_BCHW), :, top : top + height, left : left + width], crop_px)
+            for n, (top, left, height, width) in enumerate(boxes)
+        ]
+    )
+    flipped = torch.nonzero(draws_N.flip)[:, 0]
+    images[flipped] = images[flipped].flip(-1)
+    return images.div_(255).clamp_(0, 1)
+
+
+def cut_by_products(pixels_BCHW: Tensor, draws_N: CropDraws, crop_px: int) -> Tensor:
+    """`crop_boxes` of all boxes at once: on a GPU, where launching costs more than multiplying."""
     device = pixels_BCHW.device
     N = len(draws_N.top)
     images = pixels_BCHW.float() / 255
@@ -149,19 +175,17 @@ def adjust_saturation(images: Tensor, factor_N111: Tensor) -> Tensor:
 def adjust_hue(images: Tensor, shift_N111: Tensor) -> Tensor:
     """Turn the hue by this share of the circle."""
     r, g, b = images.unbind(1)
-    high, low = images.amax(dim=1), images.amin(dim=1)
+    high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     chroma = high - low
-    grey = chroma == 0
-    divisor = torch.where(grey, 1.0, chroma)
-    rc, gc, bc = (high - r) / divisor, (high - g) / divisor, (high - b) / divisor
-    hue = torch.where(high == r, bc - gc, torch.where(high == g, 2.0 + rc - bc, 4.0 + gc - rc))
-    hue = torch.where(grey, 0.0, (hue / 6.0 + 1.0) % 1.0)
-    hue = (hue + shift_N111[:, :, 0]) % 1.0
+    red, green = high == r, high == g
+    hue = torch.where(red, g - b, torch.where(green, b - r, r - g)).div_(chroma.clamp(min=TINY))  # grey: 0
+    hue += torch.where(red, 0.0, torch.where(green, 2.0, 4.0)) + 6.0 * shift_N111[:, :, 0]
     # A channel of a colour with this hue is high - chroma * ramp, the ramp shifted by 1/3 between channels.
     offset = torch.tensor([5.0, 3.0, 1.0], device=images.device)[:, None, None]
-    k = (offset + 6.0 * hue[:, None]) % 6.0
-    ramp = torch.minimum(k, 4.0 - k).clamp(0, 1)
-    return high[:, None] - chroma[:, None] * ramp
+    k = hue[:, None] + offset
+    k -= (k / 6.0).floor_().mul_(6.0)  # a remainder, and faster than torch's
+    ramp = torch.minimum(k, 4.0 - k).clamp_(0, 1)
+    return ramp.mul_(chroma[:, None]).neg_().add_(high[:, None])
 
 
 ADJUSTMENTS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
@@ -218,7 +242,16 @@ def _on(images: Tensor, chosen_N: Tensor) -> Tensor:
 
 def apply_draws(pixels_BCHW: Tensor, draws_N: CropDraws, crop_px: int) -> Tensor:
     """The paper's chain with given draws, before normalisation: uint8 [B, C, H, W] -> fp32 [N, C, P, P] of 0..1."""
-    images = color_jitter(crop_boxes(pixels_BCHW, draws_N, crop_px), draws_N)
+    images = crop_boxes(pixels_BCHW, draws_N, crop_px)
+    N = len(images)
+    at_once = max(1, CACHED_VALUES // images[0].numel()) if images.device.type == "cpu" else N
+    parts = [slice(first, first + at_once) for first in range(0, N, at_once)]
+    return torch.cat([distort(images[part], draws_N.rows(part)) for part in parts])
+
+
+def distort(images: Tensor, draws_N: CropDraws) -> Tensor:
+    """Everything after cutting: colours, blur, solarization."""
+    images = color_jitter(images, draws_N)
     if images.shape[1] > 1 and len(chosen := _on(images, draws_N.grayscale)):
         images = images.index_copy(0, chosen, gray_of(images[chosen]).expand(-1, images.shape[1], -1, -1).contiguous())
     if len(chosen := _on(images, draws_N.blur)):

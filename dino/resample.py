@@ -6,6 +6,7 @@ sizes stand in one padded batch.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CUBIC_A = -0.5
@@ -46,3 +47,8 @@ def axis_weights(
 def resample(images_BCHW: Tensor, rows_BOH: Tensor, columns_BPW: Tensor) -> Tensor:
     """Apply the weights of both axes: [B, C, H, W] -> [B, C, O, P]."""
     return rows_BOH[:, None] @ images_BCHW @ columns_BPW.transpose(1, 2)[:, None]
+
+
+def resample_box(pixels_CHW: Tensor, px: int) -> Tensor:
+    """One whole box [C, H, W] to fp32 [1, C, px, px] by torch's own kernel of the same filter."""
+    return F.interpolate(pixels_CHW[None].float(), size=(px, px), mode="bicubic", antialias=True)

@@ -294,6 +294,11 @@ MUTATIONS = [
              "inside = (offsets_B1I >= 0) & (offsets_B1I < length_B[:, None, None])",
              "inside = offsets_B1I == offsets_B1I",
              "test_augment.py::test_boxes_are_cut_resized_and_flipped_as_by_torchvision"),
+    Mutation("crops", "no antialiasing on a CPU", "dino/resample.py", "antialias=True", "antialias=False",
+             "test_augment.py::test_boxes_are_cut_resized_and_flipped_as_by_torchvision"),
+    Mutation("crops", "on a CPU a flip by the row of another sample", AUGMENT,
+             "images[flipped] = images[flipped].flip(-1)", "images[flipped] = images[flipped].flip(0).flip(-1)",
+             "test_augment.py::test_boxes_are_cut_resized_and_flipped_as_by_torchvision"),
     Mutation("crops", "ratio drawn uniformly, not its logarithm", AUGMENT,
              "aspect = torch.exp(_between(u_N22[:, BOX_ATTEMPTS : 2 * BOX_ATTEMPTS], "
              "math.log(ratio[0]), math.log(ratio[1])))",
@@ -349,7 +354,7 @@ MUTATIONS = [
              "return (images * factor_N111).clamp(0, 1)", "return images * factor_N111",
              "test_augment.py::test_an_adjustment_is_torchvisions[brightness-3]"),
     Mutation("crops", "hue turned the wrong way", AUGMENT,
-             "hue = (hue + shift_N111[:, :, 0]) % 1.0", "hue = (hue - shift_N111[:, :, 0]) % 1.0",
+             "+ 6.0 * shift_N111[:, :, 0]", "- 6.0 * shift_N111[:, :, 0]",
              "test_augment.py::test_an_adjustment_is_torchvisions[hue-3]"),
     Mutation("crops", "grey as the plain mean of the channels", AUGMENT,
              "GRAY_WEIGHTS = (0.2989, 0.587, 0.114)", "GRAY_WEIGHTS = (1 / 3, 1 / 3, 1 / 3)",
@@ -382,8 +387,8 @@ MUTATIONS = [
              "torch.where(distance <= math.ceil(BLUR_REACH * float(radius_N.max())), kernel, 0.0)",
              "test_augment.py::test_blur_weights_sum_to_one_and_know_only_their_own_radius"),
     Mutation("crops", "solarize before the blur", AUGMENT,
-             "    images = color_jitter(crop_boxes(pixels_BCHW, draws_N, crop_px), draws_N)\n",
-             "    images = color_jitter(crop_boxes(pixels_BCHW, draws_N, crop_px), draws_N)\n"
+             "    images = color_jitter(images, draws_N)\n",
+             "    images = color_jitter(images, draws_N)\n"
              "    images = torch.where(draws_N.solarize[:, None, None, None], solarize(images), images)\n"
              "    draws_N = CropDraws(**{**draws_N.__dict__, 'solarize': draws_N.solarize & False})\n",
              "test_augment.py::test_the_whole_chain_is_torchvisions[1-3]"),

@@ -52,14 +52,15 @@ def steps_of_255(a: Tensor, b: Tensor) -> float:
 # --- each operation against torchvision's, in float, image by image ---
 
 
+@pytest.mark.parametrize("cut", [augment.cut_by_products, augment.cut_each])  # of GPUs, of CPUs
 @pytest.mark.parametrize(("view", "px"), [(0, 48), (2, 24), (0, 160)])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_boxes_are_cut_resized_and_flipped_as_by_torchvision(view: int, px: int, channels: int) -> None:
+def test_boxes_are_cut_resized_and_flipped_as_by_torchvision(cut, view: int, px: int, channels: int) -> None:
     images = natural_batch(24, channels)
     batch = pad(images)
     d = drawn(batch, view)
     assert d.flip.any() and not d.flip.all()
-    for i, crop in enumerate(augment.crop_boxes(batch.pixels_BCHW, d, px)):
+    for i, crop in enumerate(cut(batch.pixels_BCHW, d, px)):
         box = [int(x[i]) for x in (d.top, d.left, d.height, d.width)]
         image = torch.from_numpy(images[i]).float() / 255
         expected = tv.resized_crop(image, *box, [px, px], InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)

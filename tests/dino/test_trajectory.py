@@ -88,7 +88,7 @@ def test_golden_trajectory(golden, micro_batches: int) -> None:
 
 RANKS = """
 import sys, torch
-from conftest import Golden
+from golden_numbers import Golden
 from test_trajectory import Trajectory
 from dino.distributed import World
 with World.start() as world:
