@@ -32,8 +32,8 @@ test: $(STAMP) ## ruff, types, tests, and the whole pipeline on a tiny data set
 acceptance: $(STAMP) ## the long checks: kills, services, browsers
 	pytest -m acceptance
 
-ui: $(STAMP) ## MLflow's page of the runs, on 127.0.0.1
-	@python -m pipelines.ui
+ui: $(STAMP) ## MLflow's page of the runs, on 127.0.0.1 (elsewhere: HOST=..., read SECURITY.md first)
+	@python -m pipelines.ui $(if $(HOST),--host $(HOST))
 
 flow: $(STAMP) ## the same pipeline as a Prefect flow
 	@python -m pipelines.flow

@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def load_backbone(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     if facts.get("format") != BACKBONE_FORMAT:
         raise ValueError(f"{path} is no backbone (format {facts.get('format')!r}); give models/teacher.safetensors")
     try:
+        _refuse_absurd(facts["arch"], tensors)
         backbone = seeded_backbone(facts["arch"], seed=0)  # so that reading a file draws from no one's generator
         backbone.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -77,6 +79,23 @@ def load_backbone(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
             f"{path}: weights do not fit its own architecture {facts.get('arch')}: {error}; {RESTORE}"
         ) from error
     return backbone.eval(), facts
+
+
+def _refuse_absurd(arch: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse an architecture that needs more numbers than the file has, before memory is asked for it.
+
+    Raises:
+        ValueError: It does.
+        TypeError, KeyError: It is no architecture at all.
+    """
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    needs = [arch["in_chans"]]
+    if arch["family"] == "vit":
+        dim, patch = arch["embed_dim"], arch["patch_size"]
+        needs += [arch["depth"] * dim**2, (arch["img_size"] // patch) ** 2 * dim, patch**2 * arch["in_chans"] * dim]
+        needs += [arch.get("mlp_ratio", 1) * dim**2]
+    if not all(0 < need <= numbers for need in needs):
+        raise ValueError(f"it would need more numbers than the {numbers:,} of the file")
 
 
 def evaluation_size(facts: dict[str, Any]) -> tuple[int, int]:

@@ -243,7 +243,9 @@ class Tracker:
 
 
 def _first_line(error: Exception) -> str:
-    text = without_secrets(str(error).strip().split("\n")[0]) or type(error).__name__
+    lines = str(error).strip().split("\n")
+    telling = next((line for line in lines if "Error) " in line), lines[0])  # of a database, behind SQLAlchemy's words
+    text = without_secrets(telling) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 

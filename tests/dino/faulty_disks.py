@@ -21,7 +21,7 @@ def full_disk(folder: Path, size: int = DISK_BYTES) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run(["umount", folder], check=True)
+        subprocess.run(["umount", "--lazy", folder], check=True)  # a database may still be open
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import os
 import pickle
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -221,6 +222,40 @@ def test_a_file_under_another_name_is_refused(tmp_path: Path) -> None:
 def test_weights_of_another_architecture_are_refused(arch: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"c\.safetensors: weights do not fit its own architecture"):
         load_backbone(write_backbone(tmp_path / "c.safetensors", arch=arch))
+
+
+@pytest.mark.parametrize(
+    "absurd",
+    [{"depth": 10**9}, {"embed_dim": 10**6},
+     {"img_size": 10**6}, {"patch_size": 1, "img_size": 4096}, {"in_chans": 10**9},
+     {"mlp_ratio": 1e9}, {"depth": -1}, {"depth": 1e300}],
+    ids=str,
+)  # fmt: skip
+def test_an_architecture_of_terabytes_asks_for_no_memory(absurd: Any, tmp_path: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"c\.safetensors: weights do not fit .* more numbers than the [\d,]+ of the"):
+        load_backbone(write_backbone(tmp_path / "c.safetensors", arch={**ARCH, **absurd}))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"step": -1},
+        {"step": "2"},
+        {"step": True},
+        {"curve": [1]},
+        {"curve": [{"loss": 1}]},
+        {"curve": [{"step": 1, "loss": "low"}]},
+        {"curve": None},
+    ],
+    ids=str,
+)
+def test_a_state_of_other_content_is_refused(facts: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    save_tensors(path, tensors(), {"format": "dino-training-state-1", "step": 2, "curve": CURVE} | facts)
+    with pytest.raises(ValueError, match=r"state\.safetensors is no training state: its step is"):
+        load_state(path)
 
 
 # Backbones and states

@@ -4,7 +4,9 @@ import hashlib
 import io
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -141,3 +143,76 @@ def test_a_table_keeps_the_limit_of_its_images(tmp_path: Path) -> None:
     write_image_table(tmp_path / "t.arrow", [("abc", data)], channels=1, mean=[0], std=[1], max_pixels=899)
     with pytest.raises(ValueError, match=r"t\.arrow: image abc: 30 x 30 pixels: more than data\.max_pixels"):
         ImageTable(tmp_path / "t.arrow").batch([0])
+
+
+def rewritten(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    """The table, changed, as Arrow would write it."""
+    with pa.ipc.open_stream(path.read_bytes()) as reader:
+        table = change(reader.read_all())
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def facts_of(**changes: object) -> Callable[[pa.Table], pa.Table]:
+    def change(table: pa.Table) -> pa.Table:
+        facts = json.loads(table.schema.metadata[b"dino"]) | changes
+        return table.replace_schema_metadata({"dino": json.dumps(facts)})
+
+    return change
+
+
+def column(name: str, values: Callable[[list[Any]], list[Any]], kind: pa.DataType | None = None) -> Any:
+    def change(table: pa.Table) -> pa.Table:
+        array = pa.array(values(table.column(name).to_pylist()), kind or table.schema.field(name).type)
+        return table.set_column(table.schema.get_field_index(name), name, array)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (facts_of(channels=2), "its facts are"),
+        (facts_of(channels=True), "its facts are"),
+        (facts_of(channels=10**9), "its facts are"),
+        (facts_of(mean=[0.1, 0.2]), "its facts are"),
+        (facts_of(mean=["a"]), "its facts are"),
+        (facts_of(mean=None), "TypeError"),
+        (facts_of(std=[0.0]), "its facts are"),
+        (facts_of(std=[float("nan")]), "its facts are"),
+        (facts_of(max_pixels=0), "its facts are"),
+        (lambda table: table.replace_schema_metadata({"dino": "[" * 10**5}), "RecursionError"),
+        (lambda table: table.replace_schema_metadata(None), "KeyError"),
+        (lambda table: table.select(["id"]), "its columns are"),
+        (column("id", lambda ids: [*range(len(ids))], pa.int64()), "its columns are"),
+        (column("image", lambda images: ["a"] * len(images), pa.string()), "its columns are"),
+        (column("id", lambda ids: [None, *ids[1:]]), "an image or its id is missing"),
+        (column("image", lambda images: [None, *images[1:]]), "an image or its id is missing"),
+        (column("image", lambda images: [{"bytes": None, "path": ""}] * len(images)), "an image or its id is missing"),
+        (column("id", lambda ids: ids[::-1]), "its rows are not sorted"),
+        (column("id", lambda ids: ["a"] * len(ids)), "its rows are not sorted"),
+    ],
+)
+def test_a_table_that_is_not_whole_or_not_ours_is_refused(change: Any, said: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "t.arrow", [encode(np.full((3, 3), i, np.uint8)) for i in range(5)]).path
+    rewritten(path, lambda table: table)
+    assert len(ImageTable(path)) == 5
+    rewritten(path, change)
+    with pytest.raises(
+        ValueError, match=r"t\.arrow is no image table, or a damaged one .*; prepare the data again"
+    ) as told:
+        ImageTable(path)
+    assert said in str(told.value)
+
+
+def test_a_table_cut_between_two_batches_is_no_shorter_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dino.images.BATCH_ROWS", 2)
+    path = write(tmp_path / "t.arrow", [encode(np.full((3, 3), i, np.uint8)) for i in range(6)]).path
+    data, ends = path.read_bytes(), []
+    with pa.ipc.open_stream(source := pa.BufferReader(data)) as reader:
+        ends += [source.tell() for _ in reader]
+    path.write_bytes(data[: ends[1]])
+    with pa.ipc.open_stream(path.read_bytes()) as reader:
+        assert reader.read_all().num_rows == 4, "Arrow itself sees no harm"
+    with pytest.raises(ValueError, match="its end is missing"):
+        ImageTable(path)

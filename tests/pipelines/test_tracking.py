@@ -1,5 +1,7 @@
+import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from typing import Any
 import evidence
 import mlflow_witness as witness
 import pytest
+from faulty_disks import full_disk
 
 from pipelines import paths, row, tracking
 
@@ -84,6 +87,48 @@ def test_a_broken_lock_file_ends_no_training(home: Path, capsys: pytest.CaptureF
     train(evidence.curve_points())
     assert [step for step, _ in witness.curve(home, "loss")] == list(evidence.STEPS)
     assert "dvc.lock cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("metrics/pretrain.json", "[1]"),
+        ("metrics/data.json", "{"),
+        ("dvc.lock", "stages: [1]"),
+        ("dvc.lock", "stages: {a: {outs: [5]}}"),
+        ("plots/pretrain.csv", "step,loss\nx,y\n"),
+    ],
+)
+def test_damaged_files_of_results_end_no_training(path: str, text: str, home: Path) -> None:
+    evidence.lay(home)
+    Path(path).write_text(text)
+    train(evidence.curve_points())
+    assert [step for step, _ in witness.curve(home, "loss")] == list(evidence.STEPS)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_database_without_room_fails_no_training(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipelines import sync
+
+    evidence.lay(home)
+    assert witness.runs(home) == []  # makes the experiment
+    database = home / "mlflow.db"
+    with full_disk(home / "disk", database.stat().st_size + (1 << 20)) as disk:
+        shutil.move(database, disk / "mlflow.db")
+        ballast = (disk / "ballast").open("wb", buffering=0)
+        with contextlib.suppress(OSError), ballast:
+            while True:
+                ballast.write(bytes(4096))
+        settings = witness.with_uri(f"sqlite:///{disk}/mlflow.db")
+        with tracking.pretraining(settings, "k1", resolved=evidence.RESOLVED) as tracker:
+            tracker.log_curve_points(evidence.curve_points())
+        told = capsys.readouterr().err
+        assert told.count("`python -m pipelines.sync`") == 1, told
+        assert "database or disk is full" in told or "no answer within" in told, told  # a busy machine is slower
+        assert witness.curve(disk, "loss") == []
+        (disk / "ballast").unlink()
+        sync.sync(evidence.SETTINGS | settings)
+        assert witness.curve(disk, "loss") == [(step, values["loss"]) for step, values in evidence.curve_points()]
 
 
 @pytest.mark.parametrize("off", ["rank", "params"])

@@ -44,12 +44,51 @@ def test_without_a_wish_the_next_free_port_is_taken(monkeypatch: pytest.MonkeyPa
         assert taken < ui.free_port(None) < taken + ui.PORTS_TRIED
 
 
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [("127.0.0.1", True), ("127.8.8.8", True), ("localhost", True), ("::1", True), ("0.0.0.0", False),
+     ("192.168.1.2", False), ("::", False), ("gpu7.example.org", False)],
+)  # fmt: skip
+def test_an_address_that_others_reach_is_known_as_such(host: str, local: bool) -> None:
+    assert ui.is_local(host) == local
+
+
+def test_an_address_that_this_machine_has_not_is_refused_with_a_cure() -> None:
+    with pytest.raises(ValueError, match=r"--host 203\.0\.113\.7: this machine has no such address; leave it out"):
+        ui.free_port(None, "203.0.113.7")
+
+
+def listeners(process: subprocess.Popen[str]) -> set[str]:
+    """Addresses at which the processes below this one listen, by ss."""
+    family, found = {process.pid}, subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True).stdout
+    parents = {int(p.parent.name): int(p.read_text().rpartition(")")[2].split()[1])
+               for p in Path("/proc").glob("[0-9]*/stat")}  # fmt: skip
+    for _ in parents:
+        family |= {child for child, parent in parents.items() if parent in family}
+    return {line.split()[3].rpartition(":")[0] for line in found.splitlines()
+            if any(f"pid={pid}," in line for pid in family)}  # fmt: skip
+
+
+@pytest.mark.acceptance
+@pytest.mark.skipif(shutil.which("ss") is None, reason="no ss here")
+@pytest.mark.parametrize(("options", "address"), [([], "127.0.0.1"), (["--host", "0.0.0.0"], "0.0.0.0")])
+def test_the_pages_are_for_this_machine_unless_asked_which_is_warned_of(
+    home: Path, options: list[str], address: str
+) -> None:
+    with make_ui(home, *options) as (_, process):
+        assert listeners(process) == {address}
+        process.terminate()
+        assert process.stdout
+        said = (home / "said").read_text() + process.stdout.read()
+    assert ("WARNING: 0.0.0.0 is not this machine only. Whoever reaches port" in said) == bool(options)
+
+
 @contextmanager
-def make_ui(home: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def make_ui(home: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """`make ui` as a person starts it; the address it prints."""
     shutil.copy(REPOSITORY / paths.PARAMS, home)
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "pipelines.ui", "--no-browser"]
+    command = [sys.executable, "-m", "pipelines.ui", "--no-browser", *options]
     process = subprocess.Popen(command, cwd=home, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     watchdog = threading.Timer(150, process.kill)
     watchdog.start()
@@ -62,6 +101,7 @@ def make_ui(home: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
                 break
         else:
             pytest.fail(f"no address: {said}")
+        (home / "said").write_text(said)
         yield found[1], process
     finally:
         watchdog.cancel()
