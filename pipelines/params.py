@@ -195,6 +195,15 @@ def load(path: Path = paths.PARAMS) -> Params:
     Raises:
         ValueError: No such file, no YAML, or every wrong value with its place and cure.
     """
+    return check(read(path), path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A file of settings as it is.
+
+    Raises:
+        ValueError: No such file, no YAML, or no sections in it.
+    """
     if not path.is_file():
         raise ValueError(f"no {path} in {Path.cwd()}; run from the repository's root")
     if (size := path.stat().st_size) > MAX_BYTES:
@@ -205,6 +214,15 @@ def load(path: Path = paths.PARAMS) -> Params:
         raise ValueError(f"{path} cannot be read as YAML: {_yaml_problem(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no sections; restore it with `git checkout {path}`")
+    return content
+
+
+def check(content: dict[str, Any], path: Path | str) -> Params:
+    """Settings read from somewhere (`path`, for people), checked.
+
+    Raises:
+        ValueError: Every wrong value with its place and cure.
+    """
     try:
         params = Params.model_validate(content)
         found = _truth_as_number(content, params)
@@ -215,6 +233,18 @@ def load(path: Path = paths.PARAMS) -> Params:
         count = f"{len(found)} problem{'s' * (len(found) > 1)}"
         raise ValueError(f"{path} has {count}:\n" + "\n".join(f"  {line}" for line in found))
     return params
+
+
+def value(text: str) -> Any:
+    """One value as YAML writes it: 3, 0.5, [1, 2], null, a word.
+
+    Raises:
+        ValueError: It is no YAML.
+    """
+    try:
+        return yaml.load(text, _PlainLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{text!r} is no value: {_yaml_problem(error)}") from error
 
 
 def _yaml_problem(error: Exception) -> str:

@@ -175,6 +175,43 @@ def test_a_wrong_setting_is_one_clear_error_and_loses_nothing(first: Path) -> No
     run(first, "dvc", "checkout", "-f")
 
 
+@pytest.mark.acceptance
+def test_a_recipe_runs_beside_what_lies_here(first: Path, tmp_path: Path) -> None:
+    """With images of one's own, without labels; another start under the same name is refused."""
+    photos = tmp_path / "my photos, 1"
+    photos.mkdir()
+    for number, path in enumerate(sorted((first / "data/raw/digits").rglob("*.png"))[:60]):
+        shutil.copy(path, photos / f"{number}.png")
+    assert len(list(photos.iterdir())) == 60
+    small = {
+        "pretrain.epochs": 2, "pretrain.batch": 8, "pretrain.patch_size": 4, "pretrain.embed_dim": 24,
+        "pretrain.depth": 2, "pretrain.num_heads": 3, "pretrain.out_dim": 32, "pretrain.hidden_dim": 16,
+        "pretrain.bottleneck_dim": 8, "pretrain.global_px": 8, "pretrain.local_px": 4, "pretrain.warmup_epochs": 0.5,
+        "pretrain.teacher_temp_warmup_epochs": 1, "pretrain.freeze_last_layer_epochs": 0.5, "embed.resize_px": 8,
+        "embed.crop_px": 8, "embed.pixels_px": 8,
+    }  # fmt: skip
+    options = [part for name, value in small.items() for part in ("-S", f"{name}={value}")]
+    command = (sys.executable, "-m", "pipelines.recipe", "own-photos", "--data", str(photos), *options)
+    before = outs(first), (first / "params.yaml").read_bytes(), (first / "models/teacher.safetensors").read_bytes()
+    done = run(first, *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "`dvc exp apply own-photos` brings" in done.stdout and "select: epoch 2 of 2 is the teacher" in done.stdout
+    assert "own-photos" in run(first, "dvc", "exp", "list", "--name-only").stdout.split()
+    after = outs(first), (first / "params.yaml").read_bytes(), (first / "models/teacher.safetensors").read_bytes()
+    assert before == after
+    again = run(first, *command)
+    assert again.returncode == 1 and "an experiment own-photos stands on this commit already" in again.stderr
+    applied = run(first, "dvc", "exp", "apply", "own-photos")
+    try:
+        assert applied.returncode == 0, applied.stderr
+        settings = yaml.safe_load((first / "params.yaml").read_text())
+        assert settings["data"]["folder"] == str(photos) and settings["pretrain"]["ema_momentum"] == 0.99
+        assert settings["embed"]["crop_px"] == 8
+    finally:
+        run(first, "git", "checkout", ".")
+        run(first, "dvc", "checkout", "-f")
+
+
 def edit(folder: Path, change: Callable[[dict], object]) -> None:  # type: ignore[type-arg]
     """Change the clone's params.yaml."""
     path = folder / "params.yaml"
