@@ -24,7 +24,7 @@ TORCHVISION = (  # those of torchvision that give pooled features for images of 
     "wide_resnet50_2", "wide_resnet101_2",
 )  # fmt: skip
 OPTIMIZERS = ("adamw", "sgd", "lars")
-RANDOM_WEIGHTS = "weights/random"  # an empty file, which stands for weights drawn from the seed
+RANDOM_WEIGHTS = "weights/random"  # names weights drawn from the seed; the file is there for DVC, and not read
 PRECISIONS = ("auto", "fp32", "bf16")
 GLOBAL_CROPS = 2
 
