@@ -16,7 +16,7 @@ from torch import Tensor
 from dino import draws
 from dino.config import GLOBAL_CROPS, PretrainConfig
 from dino.images import ImageBatch
-from dino.resample import axis_weights, resample, resample_box
+from dino.resample import BICUBIC, Filter, axis_weights, resample, resample_box
 
 BOX_ATTEMPTS = 10  # of RandomResizedCrop, before it falls back to the centre
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # torchvision's and PIL's (ITU-R 601)
@@ -28,14 +28,20 @@ JITTER_OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 
 
 @dataclass(frozen=True)
-class CropDraws:
-    """Everything random of a crop, a row each; CPU tensors."""
+class BoxDraws:
+    """Where a crop is cut, a row each; CPU tensors."""
 
     top: Tensor  # box in pixels, int64 [N]
     left: Tensor
     height: Tensor
     width: Tensor
     flip: Tensor  # bool [N]
+
+
+@dataclass(frozen=True)
+class CropDraws(BoxDraws):
+    """Everything random of a crop of pretraining."""
+
     jitter: Tensor  # bool [N]
     order: Tensor  # int64 [N, 4]: which of JITTER_OPERATIONS comes first, second, ...
     factors: Tensor  # float64 [N, 4]: in the order of JITTER_OPERATIONS; hue as a shift of the circle
@@ -112,27 +118,27 @@ def draw_view(config: PretrainConfig, view: int, step: int, rows: Tensor, sizes_
     )
 
 
-def crop_boxes(pixels_BCHW: Tensor, draws_N: CropDraws, crop_px: int) -> Tensor:
-    """Cut, resize and flip: uint8 [B, C, H, W] -> fp32 [N, C, P, P] of 0..1; N a multiple of B."""
+def crop_boxes(pixels_BCHW: Tensor, draws_N: BoxDraws, crop_px: int, kernel: Filter = BICUBIC) -> Tensor:
+    """Cut, resize by this filter, flip: uint8 [B, C, H, W] -> fp32 [N, C, P, P] of 0..1; N a multiple of B."""
     cut = cut_each if pixels_BCHW.device.type == "cpu" else cut_by_products
-    return cut(pixels_BCHW, draws_N, crop_px)
+    return cut(pixels_BCHW, draws_N, crop_px, kernel)
 
 
-def cut_each(pixels_BCHW: Tensor, draws_N: CropDraws, crop_px: int) -> Tensor:
+def cut_each(pixels_BCHW: Tensor, draws_N: BoxDraws, crop_px: int, kernel: Filter = BICUBIC) -> Tensor:
     """`crop_boxes` box after box: on a CPU, where a product would mostly multiply pixels outside the box by zero."""
     boxes = zip(*(x.tolist() for x in (draws_N.top, draws_N.left, draws_N.height, draws_N.width)), strict=True)
-    images = torch.cat(
-        [
-            resample_box(pixels_BCHW[n % len(pixels_BCHW), :, top : top + height, left : left + width], crop_px)
-            for n, (top, left, height, width) in enumerate(boxes)
-        ]
-    )
+    none = torch.empty(0, pixels_BCHW.shape[1], crop_px, crop_px)  # a rank may be left without images
+    cut = [
+        resample_box(pixels_BCHW[n % len(pixels_BCHW), :, top : top + height, left : left + width], crop_px, kernel)
+        for n, (top, left, height, width) in enumerate(boxes)
+    ]
+    images = torch.cat([none, *cut])
     flipped = torch.nonzero(draws_N.flip)[:, 0]
     images[flipped] = images[flipped].flip(-1)
     return images.div_(255).clamp_(0, 1)
 
 
-def cut_by_products(pixels_BCHW: Tensor, draws_N: CropDraws, crop_px: int) -> Tensor:
+def cut_by_products(pixels_BCHW: Tensor, draws_N: BoxDraws, crop_px: int, kernel: Filter = BICUBIC) -> Tensor:
     """`crop_boxes` of all boxes at once: on a GPU, where launching costs more than multiplying."""
     device = pixels_BCHW.device
     N = len(draws_N.top)
@@ -142,8 +148,8 @@ def cut_by_products(pixels_BCHW: Tensor, draws_N: CropDraws, crop_px: int) -> Te
     boxes = torch.stack([draws_N.top, draws_N.left, draws_N.height, draws_N.width]).float().to(device)
     out = torch.full((N,), float(crop_px), device=device)
     first = torch.zeros(N, device=device)
-    rows = axis_weights(boxes[0], boxes[2], images.shape[2], out, first, crop_px)
-    columns = axis_weights(boxes[1], boxes[3], images.shape[3], out, first, crop_px)
+    rows = axis_weights(boxes[0], boxes[2], images.shape[2], out, first, crop_px, kernel)
+    columns = axis_weights(boxes[1], boxes[3], images.shape[3], out, first, crop_px, kernel)
     flip = draws_N.flip.to(device)[:, None, None]
     columns = torch.where(flip, columns.flip(1), columns)
     return resample(images, rows, columns).clamp_(0, 1)

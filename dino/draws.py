@@ -17,6 +17,7 @@ _FRACTION_BITS = 53  # all that a float64 in [0, 1) holds
 ORDER = 1
 CROPS = 1000  # + view
 DROP_PATH = 2000  # + view
+LINEAR = 3000  # crops of the linear evaluation
 
 
 def _signed(value: int) -> int:

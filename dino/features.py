@@ -3,7 +3,7 @@
 Legend: N images of the table, B of a batch, D features.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -58,11 +58,16 @@ def feature_batches(
     together = [rows[first : first + batch * world.size] for first in range(0, len(rows), batch * world.size)]
     shares = [world.rows(len(part)) for part in together]
     mine = [part[share.start : share.stop] for part, share in zip(together, shares, strict=True)]
-    for images in ahead(partial(_decode, table), mine):
+    for images in decoded_ahead(table, mine):
         on_device = ImageBatch(images.pixels_BCHW.to(world.device), images.sizes_B2)
         with torch.inference_mode():
             found = [extract(on_device) for extract in extractors]
         yield [world.gather_rows(features_BD).cpu() for features_BD in found]
+
+
+def decoded_ahead(table: ImageTable, batches: Iterable[Sequence[int]]) -> Iterator[ImageBatch]:
+    """Each batch decoded, the next ones while it is used; one of no rows too."""
+    return ahead(partial(_decode, table), batches)
 
 
 def _decode(table: ImageTable, rows: Sequence[int]) -> ImageBatch:

@@ -1,10 +1,10 @@
-"""What a backbone sees, as pictures: attention of its last block, PCA of patch features, nearest neighbours.
+"""What a backbone sees, as pictures: attention of its last block, PCA of patch features.
 
 Made for a few images at a time; pictures are uint8 RGB arrays [H, W, 3]. Equal inputs give equal pictures:
 ties, and signs that linear algebra leaves open, are settled here.
 
 Legend: B images, C channels, H height and W width in pixels, A heads, T tokens (CLS first), R x S patches,
-M = B R S, D width of the features, Q queries, N rows of the bank, K neighbours.
+M = B R S, D width of the features.
 """
 
 from collections.abc import Sequence
@@ -26,22 +26,6 @@ HEAT = (
 PCA_QUANTILES = (0.01, 0.99)  # of a component, shown as 0 and 1: outliers don't grey the rest
 DIMMED, OPAQUE = 0.75, 0.85  # of an overlay: brightness of the picture beneath, cover of the strongest patch
 NEGLIGIBLE = 1e-5  # a component this small beside the first is rounding of fp32 features, not a direction
-
-
-def nearest_neighbours(queries_QD: Tensor, bank_ND: Tensor, *, neighbours: int) -> tuple[Tensor, Tensor]:
-    """Rows of the bank most similar to each query by cosine, best first; among equals the earlier row.
-
-    Returns:
-        rows_QK (int64) and similarities_QK (float32, -1..1), K = min(neighbours, N).
-
-    Raises:
-        ValueError: the bank is empty, or neighbours < 1.
-    """
-    if not len(bank_ND) or neighbours < 1:
-        raise ValueError(f"{neighbours} neighbours of a bank of {len(bank_ND)} rows: both must be 1 or more")
-    similarities_QN = F.normalize(queries_QD.float(), dim=1) @ F.normalize(bank_ND.float(), dim=1).T
-    best = torch.sort(similarities_QN, dim=1, descending=True, stable=True)
-    return best.indices[:, :neighbours], best.values[:, :neighbours]
 
 
 @torch.no_grad()

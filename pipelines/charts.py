@@ -140,9 +140,11 @@ def scores_figure(found: Sequence[Evaluation]) -> Figure:
             kinds = [kind for kind in KINDS if kind in evaluation.scores]
             for place, kind in enumerate(reversed(kinds)):
                 score = evaluation.scores[kind]
-                axes.plot([100 * score.low, 100 * score.high], [place, place], color=LIGHT[kind], linewidth=2.4)
-                axes.plot(100 * score.test, place, MARKS[kind], color=LIGHT[kind], markersize=7)
-                axes.annotate(f"{percent(score.test)}", (100 * score.high, place), (6, 0), va="center",
+                axes.plot(
+                    [100 * score.test.low, 100 * score.test.high], [place, place], color=LIGHT[kind], linewidth=2.4
+                )
+                axes.plot(100 * score.test.share, place, MARKS[kind], color=LIGHT[kind], markersize=7)
+                axes.annotate(f"{percent(score.test.share)}", (100 * score.test.high, place), (6, 0), va="center",
                               textcoords="offset points", weight="bold", color=LIGHT[kind])  # fmt: skip
             axes.set_yticks(range(len(kinds)), [KINDS[kind] for kind in reversed(kinds)])
             axes.tick_params(axis="y", labelcolor=LIGHT["ink"])
@@ -169,7 +171,7 @@ class Scale:
         scored = [score for evaluation in found for score in evaluation.scores.values()]
         if not scored:
             return None
-        low, high = min(score.low for score in scored), max(score.high for score in scored)
+        low, high = min(score.test.low for score in scored), max(score.test.high for score in scored)
         return Scale(math.floor(low * 20 - 0.2) / 20, math.ceil(high * 20 + 0.2) / 20)
 
     @property

@@ -11,6 +11,7 @@ from dino import look
 from dino.augment import eval_images
 from dino.checkpoint import load_backbone
 from dino.images import ImageTable
+from dino.knn import nearest
 from dino.vision_transformer import VisionTransformer
 from pipelines import paths
 from pipelines.charts import Picture
@@ -65,7 +66,7 @@ def neighbour_rows(classes: Classes, queries: Sequence[int], neighbours: int) ->
     features = read_features("trained")
     test, train = (ImageTable(paths.IMAGES[split]) for split in ("test", "train"))
     bank, asked = (features.rows_ND[torch.from_numpy(features.splits == split)] for split in ("train", "test"))
-    found_QK, _ = look.nearest_neighbours(asked[list(queries)], bank, neighbours=neighbours)
+    _, found_QK = nearest(bank, asked[list(queries)], min(neighbours, len(bank)))
     rows = []
     for query, found in zip(queries, found_QK.tolist(), strict=True):
         own = classes.of.get(("test", test.ids[query]), "")

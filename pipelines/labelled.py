@@ -1,6 +1,6 @@
 """Labels joined to features by split and id; images without a label are left out."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -72,6 +72,20 @@ class Labels:
             image_id: None if pd.isna(label) else int(label)
             for image_id, label in zip(rows["id"], rows["label"], strict=True)
         }
+
+    def of_images(self, split: str, ids: Sequence[str]) -> list[int | None]:
+        """Label of each of these images of a split; None where it has none.
+
+        Raises:
+            ValueError: an image is not in the file.
+        """
+        known = self.of(split)
+        if lacking := [image_id for image_id in ids if image_id not in known]:
+            raise ValueError(
+                f"{paths.IMAGES[split]} and {paths.LABELS} hold different images, such as {lacking[0]}; "
+                "`dvc repro prepare` makes both anew"
+            )
+        return [known[image_id] for image_id in ids]
 
     def why_not(self, splits: Iterable[str] = tuple(paths.IMAGES)) -> str:
         """Why nothing can be evaluated on these splits with these labels; empty if it can."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import dino
-from dino import look
+from dino import knn, look
 from dino.augment import normalize
 from dino.decode import content_id, image_pixels
 from dino.files import whole_file
@@ -125,7 +125,8 @@ def nearest(model: Pretrained, images: Sequence[Path], like: Path, checkpoint: P
     folder = like.parent / known.facts["folder"]
     if not folder.is_dir():
         raise ValueError(f"{like} holds features of {folder}, which is not there; embed the folder where it is now")
-    rows_QK, similarities_QK = look.nearest_neighbours(model(images), known.rows_ND, neighbours=neighbours + 1)
+    asked = min(neighbours + 1, len(known.rows_ND))
+    similarities_QK, rows_QK = knn.nearest(known.rows_ND, model(images), asked)
     columns: Columns = {}
     for image, rows, similarities in zip(images, rows_QK.tolist(), similarities_QK.tolist(), strict=True):
         own = content_id(image.read_bytes())

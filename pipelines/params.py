@@ -20,6 +20,7 @@ from pipelines import paths
 STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
 MAX_BYTES = 1_000_000  # of params.yaml; the repository's own has some thousand
 PILLOWS_MAX_PIXELS = 178_956_970  # beyond it Pillow itself refuses an image
 CHECKPOINTS = ("last", "best")
@@ -104,6 +105,34 @@ class Probe(Section):
     momentum: Share
 
 
+class Linear(Section):
+    """Stage linear."""
+
+    seed: Annotated[int, Field(ge=0)]
+    epochs: Count
+    batch: Count
+    lrs_at_256: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
+    momentum: Share
+    blocks: Count
+    patch_average: bool
+    scale: tuple[Positive, Positive]
+    ratio: tuple[Positive, Positive]
+    flip: Annotated[float, Field(ge=0, le=1)]
+
+    @model_validator(mode="after")
+    def _ranges_rise(self) -> "Linear":
+        found = [
+            f"{name} is [{low:g}, {high:g}]: the first must not be larger than the second"
+            for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio))
+            if low > high
+        ]
+        if self.scale[1] > 1:
+            found.append(f"scale ends at {self.scale[1]:g}: a crop is at most the whole image, 1")
+        if found:
+            raise ValueError("\n".join(found))
+        return self
+
+
 class Report(Section):
     """Stage report."""
 
@@ -156,6 +185,7 @@ class Params(Section):
     embed: Embed
     knn: Knn
     probe: Probe
+    linear: Linear
     report: Report
     runtime: Runtime
 

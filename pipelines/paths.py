@@ -29,6 +29,8 @@ FEATURES = Path("features")
 KNN_METRICS = Path("metrics/knn.json")
 KNN_PREDICTIONS = Path("plots/knn_predictions.csv")
 PROBE_METRICS = Path("metrics/probe.json")
+LINEAR_METRICS = Path("metrics/linear.json")
+LINEAR_CURVE = Path("plots/linear.csv")
 REPORT = Path("report")
 
 RUNNING = Path(".work/running")  # a lock of each stage that runs in this working directory

@@ -18,7 +18,7 @@ from typing import Any
 
 from dino.config import VITS
 
-EVALUATION_SECTIONS = ("select", "embed", "knn", "probe")
+EVALUATION_SECTIONS = ("select", "embed", "knn", "probe", "linear")
 VERSIONS = ("torch", "torchvision", "numpy", "dvc", "mlflow", "prefect")
 TABLES = ("_by_", "class_balance")  # one number a setting or a class: the JSON file, logged whole, keeps them
 Point = tuple[int, dict[str, float]]

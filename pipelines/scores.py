@@ -4,51 +4,75 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipelines import paths
 from pipelines.reading import read_metrics, reading
 
 KINDS = {"pixels": "Raw pixels", "untrained": "Untrained backbone", "trained": "Trained backbone"}
 BASELINES = {"untrained": "the untrained network", "pixels": "raw pixels"}
-EVALUATIONS = {"k-NN": paths.KNN_METRICS, "probe": paths.PROBE_METRICS}
-TOP1 = ("val_top1", "test_top1", "test_top1_low", "test_top1_high")
+EVALUATIONS = {
+    "k-NN": paths.KNN_METRICS,
+    "probe": paths.PROBE_METRICS,
+    "linear evaluation": paths.LINEAR_METRICS,
+}
+IN_WORDS = {
+    "k-NN": "each image takes the class that the training images nearest to it vote for; nothing is trained",
+    "probe": "a linear classifier on stored features, without augmentation: quick, and it judges raw pixels too",
+    "linear evaluation": "the paper's protocol: a linear classifier trained on augmented images, the backbone frozen",
+}
 MORE_TRAINING = "Healthy but not ahead: first give it more training (pretrain.epochs), then other crops."
+
+
+class Top1(NamedTuple):
+    """A share of right answers, 0 to 1, and its 95 % interval."""
+
+    share: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """Like `87.1 (86.4-87.8)`, in percent."""
+        return f"{percent(self.share)} ({percent(self.low)}-{percent(self.high)})"
+
+    @staticmethod
+    def read(values: Mapping[str, float], prefix: str = "") -> "Top1":
+        """From PREFIXtop1, PREFIXtop1_low and PREFIXtop1_high.
+
+        Raises:
+            KeyError, TypeError, ValueError: one is missing or no share of 1.
+        """
+        found = Top1(*(values[f"{prefix}top1{end}"] for end in ("", "_low", "_high")))
+        if not all(0 <= value <= 1 for value in found):
+            raise ValueError("a score is no share of 1")
+        return found
 
 
 @dataclass(frozen=True)
 class Score:
-    """Top-1 of one kind of features, as shares of 1; `low` and `high` bound the 95 % interval of `test`."""
+    """What one kind of features came to; settings were chosen on val."""
 
-    test: float
-    low: float
-    high: float
-    val: float
+    test: Top1
+    val: Top1
     chosen: str = ""
-    val_by_setting: Mapping[str, float] = field(default_factory=dict)
+    val_by_setting: Mapping[str, Top1] = field(default_factory=dict)
     diverged: Sequence[str] = ()
-
-    def __str__(self) -> str:
-        """Like `87.1 (86.4-87.8)`, in percent."""
-        return f"{percent(self.test)} ({percent(self.low)}-{percent(self.high)})"
 
     @staticmethod
     def read(values: Mapping[str, Any]) -> "Score":
-        """From an entry of metrics/knn.json or probe.json: `k` was chosen on val, out of the table `val_by_k`."""
+        """From an entry of an evaluation's metrics file: `k` was chosen on val, out of the table `val_by_k`."""
         table = next((name for name in sorted(values) if name.startswith("val_by_")), "")
         setting = table.removeprefix("val_by_")
         return Score(
-            test=values["test_top1"],
-            low=values["test_top1_low"],
-            high=values["test_top1_high"],
-            val=values["val_top1"],
+            test=Top1.read(values, "test_"),
+            val=Top1.read(values, "val_"),
             chosen=", ".join(
                 f"{name} = {value:g}"
                 for name, value in sorted(values.items())
-                if isinstance(value, int | float) and name not in TOP1
+                if isinstance(value, int | float) and "_top1" not in name
             ),
             val_by_setting={
-                f"{setting} = {float(value):g}": values[table][value]
+                f"{setting} = {float(value):g}": Top1.read(values[table][value])
                 for value in sorted(values.get(table, ()), key=float)
             },
             diverged=values.get("diverged", ()),
@@ -71,14 +95,12 @@ class Evaluation:
 
     @staticmethod
     def read(name: str, path: Path) -> "Evaluation":
-        """From metrics/knn.json or probe.json; where there is no such file, it was left out."""
+        """From an evaluation's metrics file; where there is none, it was left out."""
         if not path.is_file():
             return Evaluation(name, skipped="not evaluated yet")
         values = read_metrics(path, path.stem)
         with reading(path, path.stem):
             scores = {kind: Score.read(values[kind]) for kind in KINDS if kind in values}
-            if not all(0 <= share <= 1 for s in scores.values() for share in (s.low, s.test, s.high, s.val)):
-                raise ValueError("a score is no share of 1")
             return Evaluation(name, scores, str(values.get("protocol", "")), str(values.get("skipped", "")))
 
 
@@ -103,9 +125,9 @@ def percent(share: float) -> str:
 
 def standing(trained: Score, baseline: Score) -> str:
     """`beats` or `stays behind` where the two 95 % intervals don't overlap, else `is level with`."""
-    if trained.low > baseline.high:
+    if trained.test.low > baseline.test.high:
         return "beats"
-    return "stays behind" if trained.high < baseline.low else "is level with"
+    return "stays behind" if trained.test.high < baseline.test.low else "is level with"
 
 
 def verdict(found: Sequence[Evaluation], health: Mapping[str, Any]) -> Verdict:
@@ -139,13 +161,21 @@ def verdict(found: Sequence[Evaluation], health: Mapping[str, Any]) -> Verdict:
 
 def _comparison(standings: Mapping[str, Sequence[tuple[str, str]]]) -> str:
     """The trained backbone against the baselines; evaluations that agree share a clause."""
-    clauses = {name: _clause(pairs) for name, pairs in standings.items()}
-    if len(set(clauses.values())) == 1:
-        return f"The trained backbone {next(iter(clauses.values()))}, by {' and by '.join(clauses)}"
-    first, *others = (f"by {name}" for name in clauses)
-    texts = list(clauses.values())
-    rest = "; ".join(f"{name} it {text}" for name, text in zip(others, texts[1:], strict=True))
-    return f"{first[0].upper()}{first[1:]} the trained backbone {texts[0]}; {rest}"
+    names: dict[str, list[str]] = {}
+    for name, pairs in standings.items():
+        names.setdefault(_clause(pairs), []).append(name)
+    (clause, agreeing), *others = names.items()
+    if not others:
+        return f"The trained backbone {clause}, {_by(agreeing)}"
+    rest = "; ".join(f"{_by(same)} it {text}" for text, same in others)
+    first = _by(agreeing)
+    return f"{first[0].upper()}{first[1:]} the trained backbone {clause}; {rest}"
+
+
+def _by(names: Sequence[str]) -> str:
+    """`by k-NN, by probe and by linear evaluation`."""
+    *others, last = (f"by {name}" for name in names)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _clause(pairs: Sequence[tuple[str, str]]) -> str:

@@ -66,7 +66,7 @@ def _scores() -> str:
         return ""
     rows = [f"| test top-1, % | {' | '.join(e.name for e in shown)} |", "| --- |" + " ---: |" * len(shown)]
     for kind, title in scores.KINDS.items():
-        cells = [str(evaluation.scores.get(kind, "")) for evaluation in shown]
+        cells = [str(e.scores[kind].test) if kind in e.scores else "" for e in shown]
         rows.append(f"| {title} | {' | '.join(cells)} |")
     notes = ["", "In brackets: the 95 % interval."]
     notes += [f"{e.name}: left out, {e.skipped}" for e in found if e.skipped]

@@ -17,7 +17,7 @@ from pipelines.reading import read_metrics, reading
 from pipelines.scores import KINDS, Evaluation
 from pipelines.seconds import read_seconds
 
-NARROW = 60  # columns; below, a score takes a line of its own
+NARROW = 80  # columns; below, a score takes a line of its own
 PAGE = paths.REPORT / "index.html"
 PLAIN: Any = {"box": None, "padding": (0, 3, 0, 0), "header_style": "dim", "footer_style": "dim"}
 TONES = {"good": "green", "mixed": "yellow", "bad": "red", "open": "yellow"}
@@ -57,9 +57,11 @@ def print_scores(console: Console, found: Sequence[Evaluation]) -> None:
             console.print(Text(title, style="bold"))
             for evaluation in scored:
                 if kind in evaluation.scores:
-                    console.print(Text(f"  {evaluation.name} {evaluation.scores[kind]}"), soft_wrap=True)
+                    console.print(Text(f"  {evaluation.name} {evaluation.scores[kind].test}"), soft_wrap=True)
     if scored:
         console.print(Text("test top-1, percent (95 % interval)", style="dim"))
+        for evaluation in scored:
+            console.print(Text(f"{evaluation.name}: {scores.IN_WORDS[evaluation.name]}", style="dim"))
     for evaluation in found:
         if not evaluation.scores:
             console.print(Text(f"{evaluation.name}: left out ({evaluation.skipped or 'no scores'})"))
@@ -72,7 +74,7 @@ def scores_table(scored: Sequence[Evaluation]) -> Table:
     for evaluation in scored:
         table.add_column(evaluation.name, justify="right", no_wrap=True)
     for kind, title in KINDS.items():
-        cells = [str(evaluation.scores.get(kind, "-")) for evaluation in scored]
+        cells = [str(e.scores[kind].test) if kind in e.scores else "-" for e in scored]
         table.add_row(title, *cells, style="bold" if kind == "trained" else "")
     return table
 

@@ -329,12 +329,12 @@ def evaluation(
 ) -> None:
     """Write metrics/STAGE.json, then the numbers into the row of `key`.
 
-    The settings (embed, knn, probe) of the first evaluation are the row's own; other settings of the same
+    The settings (embed, knn, probe, linear) of the first evaluation are the row's own; other settings of the same
     checkpoint become a row below it.
 
     Args:
         key: The checkpoint's key.
-        stage: knn or probe.
+        stage: knn, probe or linear.
         metrics: What the JSON file shall hold.
         points: Of curves, by the step of the training.
         pictures: Files to show beside the numbers.

@@ -18,6 +18,8 @@ COLUMNS = {
     "metrics.`knn/test_top1`": 105,
     "metrics.`probe/val_top1`": 110,
     "metrics.`probe/test_top1`": 115,
+    "metrics.`linear/val_top1`": 110,
+    "metrics.`linear/test_top1`": 115,
     "metrics.`knn/untrained/test_top1`": 165,
     "metrics.`knn/pixels/test_top1`": 140,
     "metrics.`images_per_second`": 145,
@@ -28,7 +30,7 @@ COLUMNS = {
     "tags.`dvc.exp_name`": 130,
 }
 # Charts of the compared runs, one step axis; a metric without one gets its own chart below these.
-SCORES = ("knn/val_top1", "probe/val_top1", "knn/test_top1")
+SCORES = ("knn/val_top1", "probe/val_top1", "linear/val_top1", "knn/test_top1")
 CURVES = ("loss", "snapshot/val_top1", "teacher_entropy", "kl", "rank_me", "grad_norm", "images_per_second")
 
 
@@ -81,7 +83,7 @@ EXPERIMENT_TAGS = {
 }
 GAP = "&emsp;"  # the UI's tables have no space between cells
 _KINDS = ("trained", "untrained", "pixels")
-_EVALUATIONS = {"knn": ("k-NN", "k"), "probe": ("probe", "lr")}
+_EVALUATIONS = {"knn": ("k-NN", "k"), "probe": ("probe", "lr"), "linear": ("linear evaluation", "lr_at_256")}
 
 
 def address(server: str, experiment_id: str) -> str:

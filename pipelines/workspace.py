@@ -20,7 +20,12 @@ from pipelines.params import Params
 from pipelines.reading import DAMAGE, read_metrics, reading
 
 LOCK = Path("dvc.lock")
-EVALUATIONS = {"select": paths.SELECT_METRICS, "knn": paths.KNN_METRICS, "probe": paths.PROBE_METRICS}
+EVALUATIONS = {
+    "select": paths.SELECT_METRICS,
+    "knn": paths.KNN_METRICS,
+    "probe": paths.PROBE_METRICS,
+    "linear": paths.LINEAR_METRICS,
+}
 PICTURES = (paths.SAMPLES_PICTURE, paths.CROPS_PICTURE)
 PAGE_FORMATS = (".html", ".png", ".css", ".js", ".svg")
 
@@ -227,7 +232,7 @@ def _evaluation(lock: Lock, locked: Mapping[str, Any], left_out: list[str]) -> r
         digest=row.evaluation_digest(locked),
         params=row.evaluation_params(locked),
         summaries=summaries,
-        tags=tags | row.md5_tags(lock.outs("select", "embed", "knn", "probe")),
+        tags=tags | row.md5_tags(lock.outs("select", "embed", "knn", "probe", "linear")),
         files=files + list(_report()),
         points=_snapshot_points(lock),
     )

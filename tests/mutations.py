@@ -23,6 +23,9 @@ LOSS = "dino/loss.py"
 VIT = "dino/vision_transformer.py"
 HEAD = "dino/head.py"
 AUGMENT = "dino/augment.py"
+KNN = "dino/knn.py"
+LINEAR = "dino/linear.py"
+LINEAR_SGD = "test_linear.py::test_all_at_once_equal_torch_one_by_one"
 TRAJECTORY = "test_trajectory.py::test_golden_trajectory[1]"
 
 MUTATIONS = [
@@ -484,6 +487,57 @@ MUTATIONS = [
     Mutation("evaluation", "an export that is not a number appears", "dino/export.py",
              "if not difference <= TOLERANCE:", "if difference > TOLERANCE:",
              "test_export.py::test_a_file_that_is_not_right_does_not_appear[export_timm]"),
+    # k-NN
+    Mutation("evaluation", "k-NN: neighbours vote with one weight", KNN,
+             "weights_QK = ((similarity_QK - similarity_QK[:, :1]) / temperature).exp()",
+             "weights_QK = torch.ones_like(similarity_QK)", "test_knn.py::test_golden_top1_and_top5_are_exact"),
+    Mutation("evaluation", "k-NN: the bank is not normalised", KNN, "bank_ND = F.normalize(bank_ND)", "pass",
+             "test_knn.py::test_order_of_the_bank_and_scale_of_features_do_not_matter"),
+    Mutation("evaluation", "k-NN: equal votes go to the highest label", KNN, "classes_C[votes_QC.argmax(1)]",
+             "classes_C[len(classes_C) - 1 - votes_QC.flip(1).argmax(1)]",
+             "test_knn.py::test_equal_neighbours_enter_by_the_lowest_row_and_equal_votes_by_the_lowest_label"),
+    Mutation("evaluation", "k-NN: a k larger than the bank passes", KNN, "if not 1 <= k <= len(bank_ND):", "if k < 1:",
+             "test_knn.py::test_k_outside_the_bank_is_refused_with_place_and_cure"),
+    # linear evaluation
+    Mutation("evaluation", "linear: learning rates do not fall", LINEAR,
+             "share = cosine(step, base=1.0, final=0.0, total_steps=steps)", "share = 1.0", LINEAR_SGD),
+    Mutation("evaluation", "linear: learning rates not scaled by the batch", LINEAR,
+             "[lr * batch / 256 for lr in lrs_at_256]", "list(lrs_at_256)", LINEAR_SGD),
+    Mutation("evaluation", "linear: the first learning rate for all", LINEAR,
+             "rates_W = features_BD.new_tensor(lr_S)", "rates_W = features_BD.new_tensor(lr_S[:1] * len(lr_S))",
+             LINEAR_SGD),
+    Mutation("evaluation", "linear: another start for each learning rate", LINEAR,
+             "torch.randn(features_BD.shape[1], classes, generator=draw)",
+             "torch.randn(features_BD.shape[1], classes, generator=draw).flip(0)", LINEAR_SGD),
+    Mutation("evaluation", "linear: a velocity damped like an average", "dino/regression.py",
+             "error_BW = error_BSC.flatten(1) / len(features_BD)",
+             "error_BW = error_BSC.flatten(1) / len(features_BD) * (1 - self.momentum)", LINEAR_SGD),
+    Mutation("evaluation", "linear: the remainder of an epoch is dropped", LINEAR,
+             "draws.epoch_order(seed, epoch, count).split(batch)",
+             "draws.epoch_order(seed, epoch, count)[: count // batch * batch].split(batch)",
+             "test_linear.py::test_each_image_counts_once_an_epoch_however_few"),
+    Mutation("evaluation", "linear: crops drawn by the place in a rank's share", LINEAR,
+             "seed=seed, epoch=epoch, rows=rows)", "seed=seed, epoch=epoch, rows=torch.arange(len(rows)))",
+             "test_linear.py::test_two_ranks_train_what_one_trains"),
+    Mutation("evaluation", "linear: CLS of the first blocks", LINEAR,
+             "layers = backbone.get_intermediate_layers(images_BCHW, blocks)",
+             "layers = backbone.get_intermediate_layers(images_BCHW, len(backbone.blocks))[:blocks]",
+             "test_linear.py::test_features_are_cls_of_the_last_blocks_and_the_mean_patch"),
+    Mutation("evaluation", "linear: the mean patch holds the CLS token", LINEAR,
+             "layers[-1][:, 1:].mean(1)", "layers[-1].mean(1)",
+             "test_linear.py::test_features_are_cls_of_the_last_blocks_and_the_mean_patch"),
+    Mutation("evaluation", "linear: bicubic crops", LINEAR, "drawn, crops.px, BILINEAR)", "drawn, crops.px)",
+             "test_linear.py::test_crops_are_cut_resized_and_flipped_as_by_torchvision"),
+    Mutation("evaluation", "linear: crops of pretraining's scale", LINEAR,
+             "scale: tuple[float, float] = (0.08, 1.0)", "scale: tuple[float, float] = (0.4, 1.0)",
+             "test_linear.py::test_crops_are_torchvisions_by_default"),
+    Mutation("evaluation", "linear: the same crops every epoch", LINEAR,
+             "draws.uniform(seed, draws.LINEAR, epoch, rows", "draws.uniform(seed, draws.LINEAR, 0, rows",
+             "test_linear.py::test_crops_depend_on_seed_epoch_and_row_alone"),
+    Mutation("evaluation", "probe: one damping for all", "dino/probe.py",
+             "along_ND.new_tensor([setting.damping for setting in settings])",
+             "along_ND.new_tensor([settings[0].damping for setting in settings])",
+             "test_probe.py::test_many_at_once_equal_torch_sgd_one_by_one_on_whitened_features"),
 ]  # fmt: skip
 
 

@@ -40,8 +40,9 @@ TINY = {
     "embed": {"resize_px": 8, "crop_px": 8, "pixels_px": 8},
     "knn": {"neighbours": [1, 5, 20]},
     "probe": {"epochs": 5, "lrs": [0.1, 1.0]},
+    "linear": {"blocks": 2, "lrs_at_256": [0.1, 1.0]},
 }
-STAGES = ["fetch", "prepare", "pretrain", "select", "embed", "knn", "probe", "report"]
+STAGES = ["fetch", "prepare", "pretrain", "select", "embed", "knn", "probe", "linear", "report"]
 
 
 def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -93,11 +94,12 @@ def outs(folder: Path) -> dict[str, str]:
 def test_every_stage_runs_and_scores_stand_in_the_metrics(first: Path) -> None:
     lock = yaml.safe_load((first / "dvc.lock").read_text())
     assert sorted(lock["stages"]) == sorted(STAGES)
-    for name in ("knn", "probe"):
+    for name in ("knn", "probe", "linear"):
         metrics = json.loads((first / f"metrics/{name}.json").read_text())
-        for kind in ("trained", "untrained", "pixels"):
-            scores = metrics[kind]
-            assert 0 <= scores["test_top1_low"] < scores["test_top1"] < scores["test_top1_high"] <= 1
+        for kind in ("trained", "untrained", *["pixels"] * (name != "linear")):
+            for split in ("val", "test"):
+                low, top1, high = (metrics[kind][f"{split}_top1{end}"] for end in ("_low", "", "_high"))
+                assert 0 <= low < top1 < high <= 1
     assert "<html" in (first / "report/index.html").read_text()
 
 

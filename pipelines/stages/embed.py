@@ -5,12 +5,9 @@ One pass over the images: each is decoded once for all three.
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any
 
 import torch
-from torch import nn
 
-from dino.backbones import feature_width
 from dino.checkpoint import load_backbone
 from dino.distributed import World
 from dino.features import backbone_features, feature_batches, pixel_features
@@ -22,6 +19,7 @@ from pipelines.params import Embed, Params
 from pipelines.progress import progress
 from pipelines.shortage import MemoryShortError, in_short, lacks_memory
 from pipelines.stage import run_stage
+from pipelines.view_check import check_view
 
 PIXEL_NUMBERS = 4096  # of an image; beyond it the pixels' probe and k-NN outgrow memory and patience
 
@@ -50,8 +48,8 @@ def embed(sizes: Embed, *, batch: int, world: World) -> None:
     """
     trained, facts = load_backbone(paths.TEACHER)
     tables = {split: ImageTable(path) for split, path in paths.IMAGES.items()}
-    check(sizes, facts, channels=tables["train"].channels)
-    check_crop(trained, sizes.crop_px, channels=facts["channels"])
+    check_view(sizes, trained, facts, channels=tables["train"].channels)
+    check_pixels(sizes.pixels_px, facts["channels"])
     networks = {"trained": trained, "untrained": untrained_backbone(facts)}
     view = {"resize_px": sizes.resize_px, "crop_px": sizes.crop_px}
     extractors = {
@@ -103,46 +101,13 @@ def write_group(writers: Mapping[str, Write], kind: str, split: str, ids: list[s
         writers[kind](split, ids, features_ND.numpy())
 
 
-def check_crop(backbone: nn.Module, crop_px: int, *, channels: int) -> None:
-    """Refuse a size of images that the network does not take."""
-    try:
-        feature_width(backbone, channels, crop_px)
-    except ValueError as error:
-        raise ValueError(
-            f"embed.crop_px ({crop_px}): {error}; choose a size of crops that it was trained on"
-        ) from error
-
-
-def check(sizes: Embed, facts: Mapping[str, Any], *, channels: int) -> None:
-    """Refuse sizes that do not fit the network of these facts, or images of these channels."""
-    patch, crop = facts["arch"].get("patch_size", 1), sizes.crop_px
-    now = {"resize_px": sizes.resize_px, "crop_px": crop}
-    if facts.get("evaluation", now) != now:  # a stage run by hand: DVC selects anew where they change
-        raise ValueError(
-            f"{paths.TEACHER} was selected on images of {facts['evaluation']}, embed now asks for {now}; "
-            "`dvc repro embed` selects anew"
-        )
-    if crop > sizes.resize_px:
-        raise ValueError(
-            f"embed.crop_px ({crop}) is larger than embed.resize_px ({sizes.resize_px}); choose at most that"
-        )
-    if crop % patch:
-        below, above = crop // patch * patch, (crop // patch + 1) * patch
-        fitting = f"{below} or {above}" if below else f"{above}"
-        raise ValueError(
-            f"embed.crop_px ({crop}) is not divisible by the patch size ({patch} px) of {paths.TEACHER}; "
-            f"choose {fitting}"
-        )
-    if channels != facts["channels"]:
-        raise ValueError(
-            f"{paths.TEACHER} was trained on images of {facts['channels']} channel(s), those of {paths.TRAIN_IMAGES} "
-            f"have {channels}; `dvc repro pretrain` trains on these"
-        )
-    numbers = channels * sizes.pixels_px**2
+def check_pixels(pixels_px: int, channels: int) -> None:
+    """Refuse a raw-pixels baseline that outgrows memory and patience."""
+    numbers = channels * pixels_px**2
     if numbers > PIXEL_NUMBERS:
         most = int((PIXEL_NUMBERS / channels) ** 0.5)
         raise ValueError(
-            f"embed.pixels_px ({sizes.pixels_px}) makes {numbers:,} numbers an image of the raw-pixels baseline; "
+            f"embed.pixels_px ({pixels_px}) makes {numbers:,} numbers an image of the raw-pixels baseline; "
             f"choose at most {most}"
         )
 

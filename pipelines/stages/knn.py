@@ -9,7 +9,8 @@ from dino.distributed import World
 from dino.files import whole_file
 from dino.knn import knn_predict
 from pipelines import paths
-from pipelines.evaluate import Judged, best, evaluate
+from pipelines.evaluate import Judged, Score, best, evaluate, judge_features
+from pipelines.feature_file import read_key
 from pipelines.labelled import LabelledRows, Labels
 from pipelines.params import Params
 from pipelines.stage import run_stage
@@ -33,10 +34,12 @@ def knn(params: Params, world: World) -> None:
         "the bank train, tested once with the bank train + val"
     )
 
-    def judge(kind: str, rows: Mapping[str, LabelledRows]) -> Judged:
-        return judge_knn(rows, settings.neighbours, settings.temperature, world)
+    def judge(labels: Labels) -> dict[str, Judged]:
+        return judge_features(
+            labels, world, lambda kind, rows: judge_knn(rows, settings.neighbours, settings.temperature, world)
+        )
 
-    labels, judged = evaluate("knn", params, world, judge, protocol=protocol)
+    labels, judged = evaluate("knn", params, world, judge, key=read_key("trained"), protocol=protocol)
     if world.is_main:
         write_predictions(labels, judged)
 
@@ -50,14 +53,11 @@ def judge_knn(rows: Mapping[str, LabelledRows], neighbours: list[int], temperatu
         return {k: world.gather_rows(labels_N) for k, labels_N in found.items()}
 
     val, test = rows["val"], rows["test"]
-    by_k = {
-        k: float((labels_N == val.labels_N).double().mean())
-        for k, labels_N in predict(rows["train"], val, neighbours).items()
-    }
+    by_k = {k: Score.of(found, val.labels_N) for k, found in predict(rows["train"], val, neighbours).items()}
     k = best(by_k)
     predicted_M = predict(rows["train"].followed_by(val), test, [k])[k]
-    tried = {"val_by_k": {str(k): share for k, share in by_k.items()}}
-    return Judged(by_k[k], {"k": k}, predicted_M.cpu(), test.labels_N.cpu(), tried)
+    tried = {"k": {str(k): score for k, score in by_k.items()}}
+    return Judged({"k": k}, by_k[k], tried, predicted_M.cpu(), test.labels_N.cpu())
 
 
 def write_predictions(labels: Labels, judged: Mapping[str, Judged]) -> None:

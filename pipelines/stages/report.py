@@ -94,6 +94,7 @@ def collect(params: Params, facts: Mapping[str, Any]) -> tuple[dict[str, Any], d
         "verdict": verdict,
         "evaluations": evaluations,
         "kinds": scores.KINDS,
+        "in_words": scores.IN_WORDS,
         "scale": charts.Scale.of(evaluations),
         "training": training,
         "panels": [(panel, Markup(svg(charts.panel_figure(panel), f"c{i}"))) for i, panel in enumerate(panels)],

@@ -120,13 +120,8 @@ def seen_images(split: str, labels: Labels, most: int, seed: int, *, labelled: b
     Raises:
         ValueError: no such table, or labels of other images.
     """
-    table, known = ImageTable(paths.IMAGES[split]), labels.of(split)
-    if lacking := [image_id for image_id in table.ids if image_id not in known]:
-        raise ValueError(
-            f"{table.path} and {paths.LABELS} hold different images, such as {lacking[0]}; `dvc repro prepare` makes "
-            "both anew"
-        )
-    label = [known[image_id] for image_id in table.ids]
+    table = ImageTable(paths.IMAGES[split])
+    label = labels.of_images(split, table.ids)
     order = epoch_order(seed, 0, len(table)).tolist()
     rows = sorted([row for row in order if not labelled or label[row] is not None][:most])
     return Seen(table, rows, torch.tensor([NO_LABEL if label[row] is None else label[row] for row in rows]))

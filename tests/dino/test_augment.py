@@ -17,6 +17,7 @@ from dino import augment
 from dino.augment import CropDraws, apply_draws, draw_view, eval_images, multi_crop
 from dino.config import PretrainConfig
 from dino.images import ImageBatch, pad
+from dino.resample import BICUBIC, BILINEAR, Filter
 
 CLOSE = 0.5  # against float arithmetic
 MEAN, STD = [0.45, 0.4, 0.35], [0.2, 0.25, 0.3]
@@ -55,15 +56,19 @@ def steps_of_255(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("cut", [augment.cut_by_products, augment.cut_each])  # of GPUs, of CPUs
 @pytest.mark.parametrize(("view", "px"), [(0, 48), (2, 24), (0, 160)])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_boxes_are_cut_resized_and_flipped_as_by_torchvision(cut, view: int, px: int, channels: int) -> None:
+@pytest.mark.parametrize("kernel", [BICUBIC, BILINEAR], ids=lambda kernel: kernel.mode)
+def test_boxes_are_cut_resized_and_flipped_as_by_torchvision(
+    cut, view: int, px: int, channels: int, kernel: Filter
+) -> None:
     images = natural_batch(24, channels)
     batch = pad(images)
     d = drawn(batch, view)
     assert d.flip.any() and not d.flip.all()
-    for i, crop in enumerate(cut(batch.pixels_BCHW, d, px)):
+    for i, crop in enumerate(cut(batch.pixels_BCHW, d, px, kernel)):
         box = [int(x[i]) for x in (d.top, d.left, d.height, d.width)]
         image = torch.from_numpy(images[i]).float() / 255
-        expected = tv.resized_crop(image, *box, [px, px], InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+        mode = InterpolationMode(kernel.mode)
+        expected = tv.resized_crop(image, *box, [px, px], mode, antialias=True).clamp(0, 1)
         expected = tv.horizontal_flip(expected) if d.flip[i] else expected
         assert steps_of_255(crop, expected) <= CLOSE
 

@@ -14,7 +14,6 @@ from dino.look import (
     fitted,
     heat_picture,
     image_picture,
-    nearest_neighbours,
     overlaid,
     patch_components,
     seen_picture,
@@ -32,30 +31,6 @@ def backbone() -> VisionTransformer:
 @pytest.fixture(scope="module")
 def images() -> Tensor:
     return torch.randn(3, 1, 12, 20, generator=torch.Generator().manual_seed(1))
-
-
-def test_neighbours_are_those_of_the_double_loop():
-    generator = torch.Generator().manual_seed(2)
-    queries, bank = torch.randn(4, 6, generator=generator), torch.randn(30, 6, generator=generator)
-    rows, similarities = nearest_neighbours(queries, bank, neighbours=5)
-    for query, found, values in zip(queries, rows, similarities, strict=True):
-        cosines = [float(query @ row / (query.norm() * row.norm())) for row in bank]
-        expected = sorted(range(30), key=lambda index: -cosines[index])[:5]
-        assert found.tolist() == expected
-        assert values.tolist() == pytest.approx([cosines[index] for index in expected], abs=1e-6)
-
-
-def test_neighbours_do_not_depend_on_length_and_equals_come_in_table_order():
-    bank = torch.tensor([[0.0, 1.0], *([1.0 + row % 7, 0.0] for row in range(60)), [-1.0, 0.0]])
-    rows, similarities = nearest_neighbours(torch.tensor([[5.0, 0.0]]), bank, neighbours=99)
-    assert rows.tolist() == [[*range(1, 61), 0, 61]]
-    assert similarities.tolist() == [[*[1.0] * 60, 0.0, -1.0]]
-
-
-@pytest.mark.parametrize(("bank_rows", "neighbours"), [(0, 3), (3, 0)])
-def test_no_neighbours_to_be_had_is_an_error(bank_rows: int, neighbours: int):
-    with pytest.raises(ValueError, match="1 or more"):
-        nearest_neighbours(torch.ones(1, 2), torch.ones(bank_rows, 2), neighbours=neighbours)
 
 
 def test_attention_sits_where_its_patch_is(backbone: VisionTransformer, images: Tensor):

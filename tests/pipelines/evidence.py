@@ -27,8 +27,9 @@ RESOLVED = {**SETTINGS["pretrain"], "precision": "fp32"}
 def scores(top1: float) -> dict[str, Any]:
     kinds = {"trained": top1, "untrained": top1 - 0.1, "pixels": top1 + 0.05}
     return {
-        kind: {"val_top1": value, "test_top1": value, "test_top1_low": value - 0.01, "test_top1_high": value + 0.01,
-               "k": 10, "val_by_k": {"5": value - 0.01, "10": value}}
+        kind: {"val_top1": value, "val_top1_low": value - 0.02, "val_top1_high": value + 0.02,
+               "test_top1": value, "test_top1_low": value - 0.01, "test_top1_high": value + 0.01,
+               "k": 10, "val_by_k": {"5": {"top1": value - 0.01}, "10": {"top1": value}}}
         for kind, value in kinds.items()
     } | {"protocol": "weighted k-NN on stored features"}  # fmt: skip
 
@@ -54,7 +55,9 @@ def curve_points() -> list[tuple[int, dict[str, float]]]:
     ]
 
 
-def lay(root: Path, *, key: str = "k1", seed: int = 0, knn: float = 0.8, probe: float = 0.82) -> None:
+def lay(
+    root: Path, *, key: str = "k1", seed: int = 0, knn: float = 0.8, probe: float = 0.82, linear: float = 0.84
+) -> None:
     """Write every file below `root`, as after a `dvc repro`; `seed` chooses the teacher's weights."""
     for folder in ("metrics", "plots", "models", "data/prepared", "features", "report"):
         (root / folder).mkdir(parents=True, exist_ok=True)
@@ -79,6 +82,7 @@ def lay(root: Path, *, key: str = "k1", seed: int = 0, knn: float = 0.8, probe: 
         writer.writerows([step, epoch, *SNAPSHOT.values()] for epoch, step in SNAPSHOTS.items())
     _json(root / paths.KNN_METRICS, scores(knn))
     _json(root / paths.PROBE_METRICS, scores(probe))
+    _json(root / paths.LINEAR_METRICS, scores(linear))
     with (root / paths.PRETRAIN_CURVES).open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["step", "epoch", "loss", "lr"])
@@ -112,6 +116,7 @@ def write_lock(root: Path, settings: dict[str, Any] = SETTINGS) -> None:
             "embed": stage([paths.TEACHER], [paths.FEATURES], "embed"),
             "knn": stage([paths.FEATURES, paths.LABELS], [paths.KNN_METRICS], "knn"),
             "probe": stage([paths.FEATURES, paths.LABELS], [paths.PROBE_METRICS], "probe"),
+            "linear": stage([paths.TEACHER, *images, paths.LABELS], [paths.LINEAR_METRICS], "linear"),
         },
     }
     # as ruamel writes it for DVC: 1e-05, which PyYAML reads back as text

@@ -28,14 +28,18 @@ KEY = "0123456789abcdef"
 HEALTHY = {"state": "healthy", "advice": "Nothing to do."}
 
 
+def interval(share: float, half_width: float, prefix: str = "") -> dict[str, float]:
+    """A share and its interval, as a metrics file holds them."""
+    ends = {"": share, "_low": share - half_width, "_high": share + half_width}
+    return {f"{prefix}top1{end}": value for end, value in ends.items()}
+
+
 def score(test: float, half_width: float = 0.011, **chosen: float) -> dict[str, Any]:
-    """An entry of metrics/knn.json or probe.json."""
+    """An entry of an evaluation's metrics file."""
     (setting, value), *_ = chosen.items()
-    tried = {str(value): test + 0.0123, str(value * 2): test - 0.0071}
-    return {
-        "val_top1": test + 0.0123, "test_top1": test, "test_top1_low": test - half_width,
-        "test_top1_high": test + half_width, setting: value, f"val_by_{setting}": tried,
-    }  # fmt: skip
+    tried = {str(value): interval(test + 0.0123, 0.02), str(value * 2): interval(test - 0.0071, 0.02)}
+    scores = interval(test + 0.0123, 0.02, "val_") | interval(test, half_width, "test_")
+    return {**scores, setting: value, f"val_by_{setting}": tried}
 
 
 KNN = {
@@ -46,6 +50,10 @@ PROBE = {
     "trained": {**score(0.8823, lr=0.3), "damping": 0.25, "diverged": ["lr 30 damping 1"]},
     "untrained": score(0.7011, lr=1.0), "pixels": score(0.8406, lr=0.03),
     "protocol": "probe on stored features",
+}  # fmt: skip
+LINEAR = {
+    "trained": score(0.8931, lr_at_256=0.1), "untrained": score(0.6822, lr_at_256=0.3),
+    "protocol": "the paper's linear evaluation",
 }  # fmt: skip
 NO_LABELS = {"skipped": "the data set has no labels"}
 
@@ -62,6 +70,7 @@ def png(rng: np.random.Generator, label: int, height: int = SIDE_PX) -> bytes:
 def make_results(
     root: Path, *, names: Sequence[str] = ("bag", "coat", "shoe"), labelled: bool = True,
     health: dict[str, str] = HEALTHY, knn: dict[str, Any] = KNN, probe: dict[str, Any] = PROBE,
+    linear: dict[str, Any] = LINEAR,
 ) -> Path:  # fmt: skip
     """Write everything below `root` that `report` reads, and params.yaml; returns root."""
     rng = np.random.default_rng(0)
@@ -80,8 +89,8 @@ def make_results(
             label_rows.append((image_id, split, *known, f"{split}-images[{len(label_rows)}]"))
             feature_rows.append((split, image_id, np.eye(WIDTH)[label] + rng.normal(0, 0.45, WIDTH)))
     _write_tables(root, label_rows, feature_rows)
-    _write_metrics(root, names if labelled else [], health, knn if labelled else NO_LABELS,
-                   probe if labelled else NO_LABELS)  # fmt: skip
+    found = {"knn": knn, "probe": probe, "linear": linear}
+    _write_metrics(root, names if labelled else [], health, found if labelled else dict.fromkeys(found, NO_LABELS))
     _write_model(root)
     if labelled:
         actual = [row[3] for row in label_rows if row[1] == "test"]
@@ -105,9 +114,7 @@ def _write_tables(root: Path, label_rows: list[tuple], feature_rows: list[tuple]
             write(split, ids, np.stack(features).astype(np.float32))
 
 
-def _write_metrics(
-    root: Path, names: Sequence[str], health: dict[str, str], knn: dict[str, Any], probe: dict[str, Any]
-) -> None:
+def _write_metrics(root: Path, names: Sequence[str], health: dict[str, str], found: dict[str, Any]) -> None:
     for folder in ("metrics", "plots"):
         (root / folder).mkdir()
     total = len(names) or 3
@@ -138,12 +145,17 @@ def _write_metrics(
         "val_images": 9, **({} if names else {"without_knn": NO_LABELS["skipped"]}),
         "words": "k-NN on val went from 60.0 % (epoch 1) to 70.0 % (epoch 2), the highest.",
     }  # fmt: skip
-    for name, values in {"data": data, "pretrain": training, "select": select, "knn": knn, "probe": probe}.items():
+    for name, values in {"data": data, "pretrain": training, "select": select, **found}.items():
         (root / f"metrics/{name}.json").write_text(json.dumps(values), encoding="utf-8")
     with (root / "plots/select.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=SELECT_COLUMNS)
         writer.writeheader()
         writer.writerows(snapshots.values())
+    kinds = [f"{kind}{end}" for kind in ("trained", "untrained") for end in ("", "_low", "_high")]
+    with (root / "plots/linear.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["epoch", *kinds])
+        writer.writerows([[epoch, *[0.7 + 0.05 * epoch] * 6] for epoch in (1, 2) if names])
     header = ["step", "epoch", "loss", "teacher_entropy", "batch_entropy", "kl", "feature_std", "rank_me", "lr",
               "weight_decay", "ema_momentum", "teacher_temp", "grad_norm"]  # fmt: skip
     with (root / "plots/pretrain.csv").open("w", newline="", encoding="utf-8") as file:

@@ -1,6 +1,6 @@
 """Bad input at every door: whatever a file holds, a stage succeeds or fails with one clear error, and loses nothing.
 
-The files are those that embed, knn, probe and report read. Fuzzed by hypothesis, with a fixed seed.
+The files are those that embed, knn, probe, linear and report read. Fuzzed by hypothesis, with a fixed seed.
 """
 
 import copy
@@ -23,20 +23,22 @@ from test_evaluate import prepared, small  # noqa: F401 (prepared: a fixture)
 from told import ended, tree
 
 from pipelines import params, paths
-from pipelines.stages import embed, knn, probe, report
+from pipelines.stages import embed, knn, linear, probe, report
 
 FEATURES = [str(paths.features_file(kind)) for kind in ("trained", "untrained", "pixels")]
 TABLES = [str(path) for path in paths.IMAGES.values()]
-METRICS = ["metrics/data.json", "metrics/pretrain.json", "metrics/knn.json", "metrics/probe.json"]
+METRICS = [f"metrics/{name}.json" for name in ("data", "pretrain", "knn", "probe", "linear")]
 READS = {
     "embed": [*TABLES, str(paths.TEACHER), "params.yaml"],
     "knn": [*FEATURES, str(paths.LABELS), "params.yaml"],
     "probe": [*FEATURES, str(paths.LABELS)],
+    "linear": [*TABLES, str(paths.TEACHER), str(paths.LABELS)],
     "report": [*METRICS, "plots/pretrain.csv", "plots/knn_predictions.csv", str(paths.TEACHER), FEATURES[0],
                str(paths.LABELS), TABLES[0], TABLES[2]],
 }  # fmt: skip
 MAINS: dict[str, Callable[[Any], None]] = {
-    "embed": embed.main, "knn": knn.main, "probe": probe.main, "report": report.main
+    "embed": embed.main, "knn": knn.main, "probe": probe.main, "linear": linear.main,
+    "report": report.main
 }  # fmt: skip
 CURE = re.compile(
     r"`dvc |`git |prepare the data again|choose|did you mean|remove it|add it|should be|line \d+|run from"
@@ -45,13 +47,13 @@ CURE = re.compile(
 
 @pytest.fixture(scope="module")
 def whole(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:  # noqa: F811
-    """Folders as a stage finds them: one for embed, knn and probe, one for report."""
+    """Folders as a stage finds them: one for embed, knn, probe and linear, one for report."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(prepared)
-        fitting = small(params.load(), probe={"epochs": 1}).model_dump(mode="json")
+        fitting = small(params.load(), probe={"epochs": 1}, linear={"epochs": 1}).model_dump(mode="json")
     (prepared / "params.yaml").write_text(yaml.safe_dump(fitting))
     reported = make_results(tmp_path_factory.mktemp("results"))
-    return {"embed": prepared, "knn": prepared, "probe": prepared, "report": reported}
+    return {"embed": prepared, "knn": prepared, "probe": prepared, "linear": prepared, "report": reported}
 
 
 @pytest.fixture
@@ -119,7 +121,8 @@ def a_folder(path: Path) -> None:
     path.mkdir()
 
 
-OPTIONAL = {("report", "metrics/knn.json"), ("report", "metrics/probe.json"), ("report", "plots/knn_predictions.csv")}
+OPTIONAL = {("report", f"metrics/{name}.json") for name in ("knn", "probe", "linear")}
+OPTIONAL.add(("report", "plots/knn_predictions.csv"))
 PLAIN_TEXT = {".csv", ".yaml", ".json"}
 
 
@@ -136,7 +139,7 @@ def test_a_file_that_is_none_is_told_with_its_cure(stage: str, spoil: Any, run: 
 
 
 def test_the_folders_themselves_are_good(run: Callable[..., str]) -> None:
-    assert [run(stage, READS[stage][0], lambda path: None) for stage in READS] == [""] * 4
+    assert [run(stage, READS[stage][0], lambda path: None) for stage in READS] == [""] * len(READS)
 
 
 # Foreign and mixed

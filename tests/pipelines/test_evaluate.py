@@ -1,10 +1,11 @@
-"""Laws of embed, knn and probe on real files: what they write, what they read, when they refuse."""
+"""Laws of embed, knn, probe and linear on real files: what they write, what they read, when they refuse."""
 
 import csv
 import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,18 +19,20 @@ import pytest
 import torch
 from PIL import Image
 
+from dino.augment import eval_images
 from dino.backbones import seeded_backbone
 from dino.checkpoint import BACKBONE_FORMAT, load_backbone, save_tensors
 from dino.distributed import World
 from dino.features import extract_features
 from dino.images import ImageTable, write_image_table
 from dino.intervals import wilson_interval
+from dino.linear import Crops, linear_features, train_linear
 from dino.probe import Setting, train_probes
 from dino.weights import untrained_backbone
 from pipelines import params as settings
 from pipelines import paths
 from pipelines.feature_file import read_features
-from pipelines.stages import embed, knn, probe
+from pipelines.stages import embed, knn, linear, probe
 
 REPOSITORY = Path(__file__).parents[2]
 KINDS = ["trained", "untrained", "pixels"]
@@ -88,6 +91,15 @@ def small(params: settings.Params, **changes: Any) -> settings.Params:
         "embed": {"resize_px": 12, "crop_px": 12, "pixels_px": 12},
         "knn": {"neighbours": [1, 3, 7, 20]},
         "probe": {"epochs": 5, "batch": 16},
+        "linear": {
+            "epochs": 6,
+            "batch": 16,
+            "blocks": 2,
+            "patch_average": True,
+            "lrs_at_256": [1.0, 10.0, 100.0],
+            "scale": (0.9, 1.0),
+            "flip": 0.0,
+        },
     }
     for section, values in changes.items():
         fitting[section] = fitting[section] | values
@@ -106,10 +118,10 @@ def folder(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 
 def evaluate(*stages: str, **changes: Any) -> dict[str, dict[str, Any]]:
-    """Run knn, probe or both, and read what they wrote."""
+    """Run knn, probe, linear or several, and read what they wrote."""
     params = small(settings.load(), **changes)
     for stage in stages:
-        {"knn": knn, "probe": probe}[stage].main(params)
+        {"knn": knn, "probe": probe, "linear": linear}[stage].main(params)
     return {stage: json.loads(Path(f"metrics/{stage}.json").read_text()) for stage in stages}
 
 
@@ -198,13 +210,31 @@ def test_knn_chooses_k_on_val_with_train_and_tests_once_with_train_and_val(folde
         entry = found[kind]
         train, val, test = (features_of(kind, split) for split in ("train", "val", "test"))
         expected = {k: (slow_knn(train, val[0], k) == val[1]).mean() for k in (1, 3, 7, 20)}
-        assert entry["val_by_k"] == {str(k): pytest.approx(share) for k, share in expected.items()}
+        shares = {k: by_k["top1"] for k, by_k in entry["val_by_k"].items()}
+        assert shares == {str(k): pytest.approx(share) for k, share in expected.items()}
         k = max(expected, key=lambda k: (round(expected[k], 9), -k))
         right = (slow_knn(features_of(kind, "train", "val"), test[0], k) == test[1]).sum()
         assert (entry["k"], entry["val_top1"]) == (k, pytest.approx(expected[k]))
         assert entry["test_top1"] == pytest.approx(right / 36)
-        assert (entry["test_top1_low"], entry["test_top1_high"]) == pytest.approx(wilson_interval(int(right), 36))
+        assert_interval(entry, "test_", int(right), 36)
     assert found["trained"] != found["untrained"] != found["pixels"]
+
+
+def assert_interval(entry: dict[str, float], prefix: str, right: int, count: int) -> None:
+    """Wilson's stands beside the score."""
+    expected = [right / count, *wilson_interval(right, count)]
+    assert [entry[f"{prefix}top1{end}"] for end in ("", "_low", "_high")] == pytest.approx(expected)
+
+
+def test_every_score_has_its_interval_those_on_val_too(folder: Path) -> None:
+    for found in evaluate("knn", "probe", "linear").values():
+        for kind in found.keys() - {"protocol"}:
+            assert_interval(found[kind], "val_", round(24 * found[kind]["val_top1"]), 24)
+            assert_interval(found[kind], "test_", round(36 * found[kind]["test_top1"]), 36)
+            (table,) = (value for name, value in found[kind].items() if name.startswith("val_by_"))
+            assert len(table) >= 3
+            for score in table.values():
+                assert_interval(score, "", round(24 * score["top1"]), 24)
 
 
 def test_probe_chooses_on_val_and_tests_once_refitted_on_train_and_val(folder: Path) -> None:
@@ -216,36 +246,110 @@ def test_probe_chooses_on_val_and_tests_once_refitted_on_train_and_val(folder: P
     def scores(kind: str, fit_on: list[str], settings: list[Setting], judge_on: str) -> list[float]:
         fit, judge = ([torch.from_numpy(array) for array in features_of(kind, *s)] for s in (fit_on, [judge_on]))
         probes = train_probes(fit[0].float(), fit[1], settings=settings, epochs=5, batch=16, momentum=0.9, seed=0)
-        return probes.accuracy(judge[0].float(), judge[1])
+        return [right / len(judge[1]) for right in probes.right(judge[0].float(), judge[1])]
 
     for kind in KINDS:
         entry = found[kind]
         val = dict(zip(settings, scores(kind, ["train"], settings, "val"), strict=True))
-        assert entry["val_by_lr"] == {f"{lr:g}": max(val[lr, damping] for damping in dampings) for lr in lrs}
+        assert {lr: score["top1"] for lr, score in entry["val_by_lr"].items()} == {
+            f"{lr:g}": max(val[lr, damping] for damping in dampings) for lr in lrs
+        }
         chosen = Setting(entry["lr"], entry["damping"])
         assert entry["val_top1"] == val[chosen] == max(val.values())
         (test,) = scores(kind, ["train", "val"], [chosen], "test")
         assert entry["test_top1"] == test
-        interval = wilson_interval(round(36 * test), 36)
-        assert (entry["test_top1_low"], entry["test_top1_high"]) == pytest.approx(interval)
     assert found["pixels"]["test_top1"] > 0.6
 
 
+def test_linear_chooses_on_val_and_tests_that_classifier_once(folder: Path) -> None:
+    """By the public functions, put together by hand."""
+    (found,) = evaluate("linear").values()
+    assert set(found) == {"trained", "untrained", "protocol"}
+    assert (
+        "CLS of the last 2 blocks and the mean patch token," in found["protocol"]
+        and "not refitted" in found["protocol"]
+    )
+    trained, facts = load_backbone(paths.TEACHER)
+    labels = {(row["split"], row["id"]): row["label"] for row in pq.read_table(paths.LABELS).to_pylist()}
+    tables = {split: ImageTable(path) for split, path in paths.IMAGES.items()}
+    actual = {split: torch.tensor([labels[split, i] for i in table.ids]) for split, table in tables.items()}
+    normalised = {"mean": [0.3], "std": [0.4]}
+    curve = list(csv.DictReader(paths.LINEAR_CURVE.read_text().splitlines()))
+    assert [row["epoch"] for row in curve] == [str(epoch) for epoch in range(1, 7)]
+    for kind, network in {"trained": trained, "untrained": untrained_backbone(facts)}.items():
+        features = linear_features(network, blocks=2, patch_average=True)
+        *_, (classifiers,) = train_linear(
+            [features], tables["train"], torch.arange(60), actual["train"], world=ALONE, **normalised,
+            crops=Crops(12, (0.9, 1.0), (0.75, 4 / 3), 0.0), lrs_at_256=[1.0, 10.0, 100.0], epochs=6, batch=16,
+            momentum=0.9, seed=0,
+        )  # fmt: skip
+        right = {}
+        for split in ("val", "test"):
+            images = tables[split].batch(range(len(tables[split])))
+            with torch.no_grad():
+                seen = features(eval_images(images, resize_px=12, crop_px=12, **normalised))
+            right[split] = classifiers.right(seen, actual[split])
+        entry, best = found[kind], right["val"].index(max(right["val"]))
+        assert entry["lr_at_256"] == [1.0, 10.0, 100.0][best]
+        assert [round(24 * score["top1"]) for score in entry["val_by_lr_at_256"].values()] == right["val"]
+        assert round(36 * entry["test_top1"]) == right["test"][best]
+        assert float(curve[-1][kind]) == entry["val_top1"]
+        assert float(curve[-1][f"{kind}_high"]) == entry["val_top1_high"]
+    assert found["trained"] != found["untrained"]
+
+
+def test_linear_leaves_out_images_without_a_label_and_counts_unknown_classes_as_wrong(folder: Path) -> None:
+    """Two classes to learn, many images without a label, a third class in val and test only."""
+    relabel(lambda row: (None, None) if row["split"] == "train" and row["label"] == 2 else own(row))
+    (found,) = evaluate("linear", linear={"batch": 4096}).values()
+    for kind in ("trained", "untrained"):
+        assert found[kind]["test_top1"] <= 24 / 36
+        assert found[kind]["val_top1"] <= 16 / 24
+
+
+def test_a_learning_rate_that_diverges_loses_with_a_word_and_one_at_the_edge_is_told(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (found,) = evaluate("linear", linear={"lrs_at_256": [1e42, 0.3, 3.0]}).values()
+    assert set(found["trained"]["val_by_lr_at_256"]) == {"0.3", "3"}
+    assert found["trained"]["diverged"] == ["lr_at_256 1e+42"]
+    assert "linear: warning: trained: lr_at_256 1e+42 diverged, which loses" in capsys.readouterr().out
+    with pytest.raises(
+        ValueError, match=r"diverged with every learning rate; put smaller ones into linear\.lrs_at_256"
+    ):
+        evaluate("linear", linear={"lrs_at_256": [1e42]})
+    evaluate("linear", linear={"lrs_at_256": [1e-6, 1e-9]})
+    said = capsys.readouterr().out
+    assert re.search(r"warning: trained: lr_at_256 1e-0[69] is the \w+ of linear\.lrs_at_256", said)
+
+
+def test_linear_refuses_what_does_not_fit(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"linear\.blocks is 3, the network has 2; choose from 1 to that"):
+        evaluate("linear", linear={"blocks": 3})
+    pq.write_table(pq.read_table(paths.LABELS).slice(1), paths.LABELS)
+    with pytest.raises(
+        ValueError, match=r"\w+\.arrow and .*labels\.parquet hold different images, .* `dvc repro prepare`"
+    ):
+        evaluate("linear")
+
+
 def test_labels_of_test_images_choose_nothing(folder: Path) -> None:
-    before = evaluate("knn", "probe")
+    before = evaluate("knn", "probe", "linear")
     relabel(lambda row: ((row["label"] + 1) % 3, NAMES[(row["label"] + 1) % 3]) if row["split"] == "test" else own(row))
-    after = evaluate("knn", "probe")
-    choice = ("val_top1", "k", "lr", "damping", "val_by_k", "val_by_lr")
-    for stage, kind in ((stage, kind) for stage in before for kind in KINDS):
+    after = evaluate("knn", "probe", "linear")
+    choice = ("val_top1", "k", "lr", "damping", "lr_at_256", "val_by_k", "val_by_lr", "val_by_lr_at_256")
+    for stage, kind in ((name, kind) for name in before for kind in before[name].keys() - {"protocol"}):
         assert [before[stage][kind].get(name) for name in choice] == [after[stage][kind].get(name) for name in choice]
     assert before["knn"]["pixels"]["test_top1"] != after["knn"]["pixels"]["test_top1"]
+    assert before["linear"]["trained"]["test_top1"] != after["linear"]["trained"]["test_top1"]
 
 
 def test_results_repeat_to_the_byte(folder: Path) -> None:
-    files = [Path("metrics/knn.json"), Path("metrics/probe.json"), paths.KNN_PREDICTIONS]
-    evaluate("knn", "probe")
+    stages = ("knn", "probe", "linear")
+    files = [*(Path(f"metrics/{stage}.json") for stage in stages), paths.KNN_PREDICTIONS, paths.LINEAR_CURVE]
+    evaluate(*stages)
     before = [file.read_bytes() for file in files]
-    evaluate("knn", "probe")
+    evaluate(*stages)
     assert before == [file.read_bytes() for file in files]
 
 
@@ -260,8 +364,9 @@ def test_predictions_name_the_classes_of_the_trained_backbones_test_images(folde
 
 def test_without_labels_evaluations_are_left_out_with_a_word(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     relabel(lambda row: (None, None))
-    found = evaluate("knn", "probe")
-    assert list(found.values()) == [{"skipped": "the images have no labels"}] * 2
+    found = evaluate("knn", "probe", "linear")
+    assert list(found.values()) == [{"skipped": "the images have no labels"}] * 3
+    assert paths.LINEAR_CURVE.read_text().count("\n") == 1
     assert paths.KNN_PREDICTIONS.read_text() == "actual,predicted\n"
     said = capsys.readouterr().out
     assert all(f"{stage}: left out: the images have no labels" in said for stage in found)
@@ -286,8 +391,8 @@ def test_images_without_a_label_are_left_out(folder: Path) -> None:
 def test_a_class_with_one_image_is_judged(folder: Path) -> None:
     first = next(row["id"] for row in pq.read_table(paths.LABELS).to_pylist() if row["split"] == "train")
     relabel(lambda row: (99, "rare") if row["id"] == first else own(row))
-    found = evaluate("knn", "probe")
-    assert all(found[stage][kind]["test_top1"] > 0 for stage in found for kind in KINDS)
+    found = evaluate("knn", "probe", "linear")
+    assert all(found[stage][kind]["test_top1"] > 0 for stage in found for kind in found[stage].keys() - {"protocol"})
 
 
 def test_features_and_labels_of_different_images_are_refused(folder: Path) -> None:
@@ -307,11 +412,11 @@ def test_missing_and_foreign_files_are_named_with_their_cure(folder: Path) -> No
     paths.features_file("pixels").unlink()
     with pytest.raises(ValueError, match=r"no features/pixels\.parquet; `dvc repro embed`"):
         evaluate("knn")
-    pq.write_table(pa.table({"a": [1]}), paths.features_file("trained"))
-    with pytest.raises(ValueError, match=r"features/trained\.parquet is damaged, or not what .* embed writes"):
-        evaluate("knn")
     paths.LABELS.unlink()
     with pytest.raises(ValueError, match=r"labels\.parquet; `dvc repro prepare`"):
+        evaluate("knn")
+    pq.write_table(pa.table({"a": [1]}), paths.features_file("trained"))
+    with pytest.raises(ValueError, match=r"features/trained\.parquet is damaged, or not what .* embed writes"):
         evaluate("knn")
 
 
@@ -363,13 +468,15 @@ def test_images_of_other_channels_and_a_diverged_network_are_refused(folder: Pat
 
 
 def test_two_ranks_write_what_one_writes(folder: Path) -> None:
-    one = evaluate("knn")
+    one = evaluate("knn", "linear")
     shutil.rmtree("features")
+    shutil.rmtree("metrics")
     script = "import test_evaluate as t; t.on_ranks()"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
     places = {"PYTHONPATH": f"{REPOSITORY}:{Path(__file__).parent}", "DINO_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
     subprocess.run([*torchrun, sys.executable, "-c", script], check=True, env=os.environ | places, timeout=300)
     assert json.loads(Path("metrics/knn.json").read_text()) == one["knn"]
+    assert json.loads(Path("metrics/linear.json").read_text()) == one["linear"]
 
 
 def on_ranks() -> None:
@@ -378,3 +485,4 @@ def on_ranks() -> None:
     with World.start() as world:
         embed.embed(params.embed, batch=50, world=world)
         knn.knn(params, world)
+        linear.linear(params, world)

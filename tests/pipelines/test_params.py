@@ -103,6 +103,9 @@ WRONG = [
     ({"knn__temperature": math.inf}, "knn.temperature is inf: ", ["should be a finite number"]),
     ({"probe__lrs": [0.1, -1]}, "probe.lrs.1 is -1: ", ["greater than 0"]),
     ({"probe__momentum": 1}, "probe.momentum is 1: ", ["less than 1"]),
+    ({"linear__lrs_at_256": [0.1, 0]}, "linear.lrs_at_256.1 is 0: ", ["greater than 0"]),
+    ({"linear__scale": [0.5, 0.2]}, "linear.scale is [0.5, 0.2]: ", ["first must not be larger"]),
+    ({"linear__scale": [0.5, 2]}, "linear.scale ends at 2: ", ["at most the whole image"]),
     ({"runtime__pretrain__save_minutes": 0}, "runtime.pretrain.save_minutes is 0: ", ["greater than 0"]),
     ({"runtime__tracking__experiment": ""}, "runtime.tracking.experiment is '': ", ["at least 1 character"]),
 ]  # fmt: skip
@@ -128,7 +131,10 @@ def test_a_missing_key_is_named_with_its_cure(tmp_path: Path) -> None:
 
 def test_every_problem_stands_in_one_error(tmp_path: Path) -> None:
     several = {
-        k: v for change, _, _ in WRONG for k, v in change.items() if k.split("__")[0] in ("data", "knn", "probe")
+        k: v
+        for change, _, _ in WRONG
+        for k, v in change.items()
+        if k.split("__")[0] in ("data", "knn", "probe", "linear")
     }
     several.pop("data")
     places = {line.split()[0].rstrip(":") for line in refused(changed(**several), tmp_path)}
@@ -142,7 +148,7 @@ def test_every_problem_stands_in_one_error(tmp_path: Path) -> None:
         "knn.neighbours.1",
         "knn.temperature",
     }
-    assert places == expected | {"probe.lrs.1", "probe.momentum"}
+    assert places == expected | {"probe.lrs.1", "probe.momentum", "linear.lrs_at_256.1"}
 
 
 def test_ranges_are_checked_beside_wrong_types(tmp_path: Path) -> None:
@@ -217,7 +223,7 @@ def test_an_anchor_of_one_value_is_plain_yaml(tmp_path: Path) -> None:
     text = yaml.safe_dump(GOOD).replace("seed: 0", "seed: &seed 3", 1)
     text = text[: text.rindex("seed: 0")] + "seed: *seed" + text[text.rindex("seed: 0") + len("seed: 0") :]
     found = load_text(text, tmp_path)
-    assert sorted([found.data.seed, found.pretrain.seed, found.probe.seed, found.select.seed]) == [0, 0, 3, 3]
+    assert (found.data.seed, found.pretrain.seed, found.select.seed) == (3, 0, 3)
 
 
 def test_a_huge_file_is_refused_unread(tmp_path: Path) -> None:
@@ -229,7 +235,7 @@ def test_a_huge_file_is_refused_unread(tmp_path: Path) -> None:
 
 # Fuzz
 
-PLACES = [(s, k) for s in ("data", "pretrain", "embed", "knn", "probe", "report") for k in GOOD[s]]
+PLACES = [(s, k) for s in ("data", "pretrain", "embed", "knn", "probe", "linear", "report") for k in GOOD[s]]
 PLACES += [("runtime", k) for k in GOOD["runtime"]] + [(s, None) for s in GOOD]
 scalars = (
     st.none()

@@ -123,18 +123,20 @@ def test_ids_are_unique_and_every_reference_has_its_target(page: Page, source: s
 
 
 def distinct_scores() -> dict[str, Any]:
-    """Metrics of both evaluations, each score a number of its own, so that none stands on the page by chance."""
+    """Metrics of all evaluations, each score a number of its own, so that none stands on the page by chance."""
     shares = (number / 1000 for number in np.random.default_rng(0).permutation(np.arange(311, 989)).tolist())
+
+    def interval(prefix: str = "") -> dict[str, float]:
+        names = [f"{prefix}top1{end}" for end in ("_low", "", "_high")]
+        return dict(zip(names, sorted(islice(shares, 3)), strict=True))
+
     return {
         name: {
-            kind: {
-                **dict(zip(("test_top1_low", "test_top1", "test_top1_high"), sorted(islice(shares, 3)), strict=True)),
-                "val_top1": next(shares), setting: 5,
-                f"val_by_{setting}": {str(tried): next(shares) for tried in (5, 10, 20)},
-            }
+            kind: interval("val_") | interval("test_") | {setting: 5}
+            | {f"val_by_{setting}": {str(tried): interval() for tried in (5, 10, 20)}}
             for kind in ("trained", "untrained", "pixels")
         }
-        for name, setting in (("knn", "k"), ("probe", "lr"))
+        for name, setting in (("knn", "k"), ("probe", "lr"), ("linear", "lr_at_256"))
     }  # fmt: skip
 
 
@@ -156,7 +158,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_every_score_stands_on_the_page(hostile: str):
     words = Page(hostile).words
     expected = [f"{100 * value:.1f}" for value in floats(distinct_scores())]
-    assert len(set(expected)) == len(expected) == 2 * 3 * 7
+    assert len(set(expected)) == len(expected) == 3 * 3 * (2 + 3) * 3
     assert [number for number in expected if not re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", words)] == []
 
 
@@ -175,7 +177,10 @@ def test_hostile_class_names_are_text(hostile: str):
 
 
 def test_verdict_first_then_everything_else(page: Page, folder: Path):
-    sentence = "The trained backbone beats the untrained network and raw pixels, by k-NN and by probe; "
+    sentence = (
+        "By k-NN and by probe the trained backbone beats the untrained network and raw pixels; by linear evaluation it "
+        "beats the untrained network; "
+    )
     words = page.words
     assert words.index(sentence + "training is healthy.") < words.index("Nearest neighbours")
     for word in (
@@ -209,7 +214,7 @@ def test_without_labels_the_parts_that_need_them_are_left_out_with_a_word(
     pictures = {"scores.png", "curves.png", "neighbours.png", "attention.png"}  # scores.png says why there are none
     assert set(digests(tmp_path / "report")) == {"index.html", *pictures}
     assert "Without labels the trained backbone has no score; training is healthy." in page.words
-    assert page.words.count(f"Left out: {NO_LABELS['skipped']}.") == 2
+    assert page.words.count(f"Left out: {NO_LABELS['skipped']}.") == 3
     assert "no labels" in page.words and "Errors" not in page.words and "✗" not in page.words
     assert sum(tag == "img" for tag, _ in page.tags) > 8 * 7  # neighbours and attention are there
 

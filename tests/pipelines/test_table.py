@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from results_folder import KNN, NO_LABELS, PROBE, REPOSITORY, make_results
+from results_folder import KNN, LINEAR, NO_LABELS, PROBE, REPOSITORY, make_results
 
 SECONDS = {"fetch": 3.14, "prepare": 18.84, "pretrain": 1287.6, "knn": 12.0}
-STAGES = ["fetch", "prepare", "pretrain", "select", "embed", "knn", "probe", "report"]
+STAGES = ["fetch", "prepare", "pretrain", "select", "embed", "knn", "probe", "linear", "report"]
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +41,15 @@ def table(root: Path, **environment: str) -> str:
 
 
 def all_numbers() -> list[str]:
-    scores = [found[kind] for found in (KNN, PROBE) for kind in ("trained", "untrained", "pixels")]
+    scores = [found[kind] for found in (KNN, PROBE, LINEAR) for kind in found if kind != "protocol"]
     names = ("test_top1", "test_top1_low", "test_top1_high")
     texts = [[f"{100 * score[name]:.1f}" for name in names] for score in scores]
     return [f"{test} ({low}-{high})" for test, low, high in texts]
 
 
 @pytest.mark.parametrize(
-    "environment", [{}, {"COLUMNS": "200"}, {"COLUMNS": "60"}, {"COLUMNS": "32"}, {"PYTHONIOENCODING": "ascii"}]
+    "environment",
+    [{}, {"COLUMNS": "200"}, {"COLUMNS": "79"}, {"COLUMNS": "60"}, {"COLUMNS": "32"}, {"PYTHONIOENCODING": "ascii"}],
 )
 def test_every_number_stands_whole_at_any_width(folder: Path, environment: dict[str, str]):
     printed = table(folder, **environment)
@@ -61,7 +62,7 @@ def test_every_number_stands_whole_at_any_width(folder: Path, environment: dict[
     }  # fmt: skip
     assert [line[0] for line in lines if len(line) == 2 and line[0] in STAGES] == STAGES
     words = " ".join(printed.split())
-    assert "beats the untrained network and raw pixels, by k-NN and by probe; training is healthy." in words
+    assert "By k-NN and by probe the trained backbone beats the untrained network and raw pixels; by linear" in words
     assert "Teacher: epoch 2 (last). k-NN on val went from 60.0 % (epoch 1) to 70.0 % (epoch 2), the highest." in words
     assert f"Report {(folder / 'report/index.html').resolve()}\n" in printed.replace("Report  ", "Report ")
     assert "make ui" in printed

@@ -192,7 +192,8 @@ def test_the_columns_that_the_ui_opens_with_exist(home: Path) -> None:
         tracker.log_curve_points([(20, {"images_per_second": 1000.0})])
         tracker.tag({"dvc.exp_name": "longer"})
     tracking.evaluation("k1", "knn", evidence.scores(0.8), params=evidence.SETTINGS)
-    tracking.evaluation("k1", "probe", evidence.scores(0.82), params=evidence.SETTINGS)
+    for stage in ("probe", "linear"):
+        tracking.evaluation("k1", stage, evidence.scores(0.82), params=evidence.SETTINGS)
     run = the_run(home)
     for column in tracking_columns():
         kind, _, name = column.partition(".")
