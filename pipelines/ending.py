@@ -53,8 +53,13 @@ def watch_parent(poll_seconds: float = POLL_SECONDS) -> None:
     """Send ourselves USR1 when the process that started us has died.
 
     USR1, because it never ends at once: where a whole group gets TERM, the parent's death follows at its heels and
-    must not count as the second order.
+    must not count as the second order. Who started a stage by hand with nohup wants it to outlive the shell, so there
+    nothing is watched; a nohup above DVC or torchrun is meant for those.
     """
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and not any(
+        name in os.environ for name in ("DVC_STAGE", "RANK")
+    ):
+        return
     parent = os.getppid()
 
     def watch() -> None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -123,6 +124,30 @@ def test_the_parents_death_is_an_order(here: Path) -> None:
     parent.kill()
     parent.wait()
     wait_until(lambda: not lives(pid), 20)
+    assert (here / "saved").exists()
+
+
+@pytest.mark.parametrize("below_dvc", [False, True])
+def test_nohup_outlives_the_shell_but_not_dvc(below_dvc: bool, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    if below_dvc:
+        monkeypatch.setenv("DVC_STAGE", "pretrain")
+    command = ["nohup", sys.executable, "-c", SAVE.format(slow=0)]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", START.format(command=command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    pid = pid_in(here / "pid")
+    wait_until((here / "ready").exists, 20)
+    parent.kill()
+    parent.wait()
+    if below_dvc:
+        wait_until(lambda: not lives(pid), 20)
+    else:
+        time.sleep(1.2)
+        assert lives(pid)
+        os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: not lives(pid), 20)
     assert (here / "saved").exists()
 
 
