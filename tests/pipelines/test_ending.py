@@ -171,7 +171,7 @@ def test_the_end_of_the_thread_that_started_us_is_not_the_parents_death(here: Pa
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells on Linux only")
 def test_a_command_that_is_not_ours_gets_term_when_its_parent_dies(here: Path) -> None:
-    heard = "trap 'touch told' TERM; echo here; sleep 30 & wait"
+    heard = "trap 'touch told; exit' TERM; echo here; sleep 30 & wait"
     command = [sys.executable, "-m", "pipelines.ending", "sh", "-c", heard]
     with subprocess.Popen(
         [sys.executable, "-c", START.format(command=command)], stdout=-1, text=True, start_new_session=True
