@@ -229,7 +229,8 @@ def start(recipe: Recipe, known: Mapping[str, Recipe], options: argparse.Namespa
         )
     console.print(
         f"In a clone: params.yaml and results here stay as they are. When it is done, `dvc exp apply {name}` brings "
-        "its own here. Interrupted, it goes on with the same command.\n"
+        "its own here. Interrupted, it goes on with the same command.\n",
+        soft_wrap=True,
     )
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-m", "dvc", *arguments], child_environment())

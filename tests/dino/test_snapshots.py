@@ -157,6 +157,7 @@ def test_a_teacher_that_is_not_finite_is_no_snapshot(table: ImageTable, monkeypa
 
     monkeypatch.setattr(model, "ema_update", poisoned)
     kept: list[dict[str, Tensor]] = []
+    short = EACH.__class__(**{**vars(EACH), "batch": 10})  # epochs of three steps, too short for a point of the curve
     with pytest.raises(FloatingPointError, match="not finite"):
-        pretrain(EACH, table, world=ALONE, precision=torch.float32, snapshot=lambda epoch, b: kept.append(b))
+        pretrain(short, table, world=ALONE, precision=torch.float32, snapshot=lambda epoch, b: kept.append(b))
     assert not kept
