@@ -142,6 +142,8 @@ def _training(params: Mapping[str, str], metrics: Mapping[str, float], tags: Map
         words.append(f"loss {loss:.4f}")
     if words:
         lines.append(f"{', '.join(words)}.")
+    if words_of_snapshots := tags.get("select.words"):
+        lines.append(f"Teacher: epoch {metrics.get('select/epoch', 0):g}. {words_of_snapshots}")
     if skipped := sorted(f"{k.split('.')[0]} left out: {v}" for k, v in tags.items() if k.endswith(".skipped")):
         lines.append(f"{'; '.join(skipped)}.")
     return lines

@@ -59,6 +59,7 @@ def test_a_colleague_who_pulled_sees_the_same_row(home: Path, empty_database: Pa
         d.dataset.digest for d in mine.inputs.dataset_inputs
     ]
     assert witness.curve(colleague, "loss") == witness.curve(home, "loss")
+    assert "Teacher: epoch 5. No later checkpoint is worse." in mine.data.tags["mlflow.note.content"]
     assert witness.curve(home, "snapshot/val_top1") == [(60, 0.7), (80, 0.7)]
     assert witness.curve(colleague, "snapshot/val_top1") == witness.curve(home, "snapshot/val_top1")
     assert (colleague / "mlartifacts" / theirs.info.run_id / "artifacts/report/index.html").is_file()
