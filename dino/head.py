@@ -1,39 +1,10 @@
 """Projection head (paper section 3.1, appendix C): MLP, L2 normalisation, weight-normalised last layer."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino.vision_transformer import init_linear
-
-
-class _NormalisedProduct(torch.autograd.Function):
-    """x_ND @ w_KD^T with rows w = g v / |v|, computed as (x v^T) scaled by column.
-
-    K is in the tens of thousands: w itself, and what autograd would keep and make of it, cost several times the
-    memory traffic of the products. With c = sum_n dout * out: dv = (dout g / |v|)^T x - v c / |v|^2, dg = c / g.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, v_KD: Tensor, g_K: Tensor) -> Tensor:
-        norm_K = v_KD.norm(dim=1)
-        out_NK = F.linear(x_ND, v_KD)  # in bf16 under autocast
-        out_NK *= g_K / norm_K
-        ctx.save_for_backward(x_ND.to(out_NK.dtype), v_KD, g_K, norm_K, out_NK)
-        return out_NK
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        (grad_NK,), (x_ND, v_KD, g_K, norm_K, out_NK) = grad_outputs, ctx.saved_tensors
-        scaled_NK = grad_NK * out_NK
-        along_K = scaled_NK.sum(dim=0, dtype=v_KD.dtype)
-        torch.mul(grad_NK, (g_K / norm_K).to(grad_NK.dtype), out=scaled_NK)
-        grad_KD = (scaled_NK.T @ x_ND).to(v_KD.dtype)
-        grad_KD.addcmul_(v_KD, (along_K / norm_K**2)[:, None], value=-1)
-        return scaled_NK @ v_KD.to(scaled_NK.dtype), grad_KD, along_K / g_K if ctx.needs_input_grad[2] else None
 
 
 class WeightNormLinear(nn.Module):
@@ -50,8 +21,8 @@ class WeightNormLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_dim] -> [..., out_dim]."""
-        out: Tensor = _NormalisedProduct.apply(x, self.weight_v, self.weight_g[:, 0])
-        return out
+        # one pass over K rows forward and one backward; written out, autograd makes six, and keeps three K x D tensors
+        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
 
 
 class DINOHead(nn.Module):
