@@ -49,6 +49,7 @@ class Labels:
             types = {field.name: str(field.type) for field in pq.read_schema(paths.LABELS)}
             if wrong := [f"{name}: {types.get(name)}" for name, right in TYPES.items() if types.get(name) != right]:
                 raise TypeError(f"columns of other types: {', '.join(wrong)}")
+            pq.read_table(paths.LABELS, columns=[*TYPES]).validate(full=True)  # pandas looks at texts later
             table = pd.read_parquet(paths.LABELS, columns=[*TYPES], dtype_backend="numpy_nullable")
             if table[IMAGE].isna().any(axis=None):
                 raise ValueError("an image has no split or no id")

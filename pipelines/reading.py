@@ -21,8 +21,9 @@ def reading(path: Path, stage: str) -> Iterator[None]:
         raise ValueError(f"no {path}; `dvc repro {stage}` writes it")
     try:
         yield
-    except (*DAMAGE, OSError) as problem:
-        if isinstance(problem, OSError) and problem.errno is not None:  # of the system, not of the content
+    except Exception as problem:  # readers of damaged files raise what they like, Arrow its own
+        of_the_system = isinstance(problem, OSError) and problem.errno is not None
+        if of_the_system or isinstance(problem, MemoryError):
             raise
         first_line = str(problem).strip().partition("\n")[0][:200]
         raise ValueError(

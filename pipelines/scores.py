@@ -75,7 +75,7 @@ class Score:
                 f"{setting} = {float(value):g}": Top1.read(values[table][value])
                 for value in sorted(values.get(table, ()), key=float)
             },
-            diverged=values.get("diverged", ()),
+            diverged=[str(setting) for setting in values.get("diverged", ())],
         )
 
 

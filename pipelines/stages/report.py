@@ -64,12 +64,17 @@ def collect(params: Params, facts: Mapping[str, Any]) -> tuple[dict[str, Any], d
     classes, evaluations = Classes.read(), scores.evaluations()
     training = read_metrics(paths.PRETRAIN_METRICS, "pretrain", "health", "epochs", "images_seen")
     with reading(paths.PRETRAIN_METRICS, "pretrain"):
-        verdict = scores.verdict(evaluations, training["health"])
+        health = {name: str(training["health"][name]) for name in ("state", "advice")}
+        training |= {"health": health, "epochs": int(training["epochs"]), "images_seen": int(training["images_seen"])}
+        verdict = scores.verdict(evaluations, health)
     data = read_metrics(paths.DATA_METRICS, "prepare")
     with reading(paths.DATA_METRICS, "prepare"):
         data_rows, images = list(data_facts(data)), sum(data["images"].values())
     selected = read_metrics(paths.SELECT_METRICS, "select", "checkpoint", "words", "bank_images", "val_images")
     with reading(paths.SELECT_METRICS, "select"):
+        selected |= {name: int(selected[name]) for name in ("epoch", "bank_images", "val_images")}
+        if not selected["bank_images"]:
+            selected["without_knn"] = str(selected["without_knn"])
         snapshots = snapshot_rows(selected)
         snapshot_drawings = snapshot_figures(snapshots, selected["epoch"])
     queries = gallery.choose_queries(classes, params.report.nearest_queries)
@@ -129,8 +134,19 @@ def snapshot_rows(selected: Mapping[str, Any]) -> list[dict[str, float]]:
     names = ["epoch", "step", "rank_me", "feature_std"]
     if selected["bank_images"]:
         names += ["val_top1", "val_top1_low", "val_top1_high"]
-    rows = [{name: found[name] for name in names} for found in selected["scores_by_epoch"].values()]
+    rows = [{name: finite(found[name]) for name in names} for found in selected["scores_by_epoch"].values()]
     return sorted(rows, key=lambda row: row["epoch"])
+
+
+def finite(number: Any) -> float:
+    """A number that the page can show.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+        raise ValueError(f"{number!r} is no number")
+    return number
 
 
 def render(content: Mapping[str, Any]) -> str:
