@@ -10,17 +10,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dino import health
 from dino.config import PretrainConfig
 from dino.distributed import World
+from dino.vital_signs import measure
 
 SCHEDULES = ("lr", "weight_decay", "ema_momentum", "teacher_temp")
 CURVE_COLUMNS = (
-    *("step", "epoch", "loss", "kl", "teacher_entropy", "batch_entropy", "feature_std", "rank_me", "grad_norm"),
+    *("step", "epoch", "loss", "kl", "teacher_entropy", "batch_entropy", "information", "feature_std", "rank_me"),
+    "grad_norm",
     *SCHEDULES,
 )
 CURVE_POINTS = 400  # of a run of few epochs: enough to see everything, few enough to plot
 MIN_CURVE_STEPS = 5  # a point each so many steps at least: reading numbers off a device makes it wait
+CURE_OF_DIVERGENCE = (
+    "Lower pretrain.lr_at_256, lengthen pretrain.warmup_epochs, keep pretrain.clip_norm at 3 or below, and use "
+    "pretrain.precision fp32 below patch size 16."
+)
 
 
 @dataclass
@@ -97,7 +102,7 @@ class Curve:
         signs = {"loss": self.loss_sum / (step - before), "grad_norm": result.gradient_norms.norm()}
         with torch.no_grad():
             features = world.gather_rows(features_BD())
-        signs |= health.measure(torch.cat(result.teacher_out), center, schedules["teacher_temp"], features, world.mean)
+        signs |= measure(torch.cat(result.teacher_out), center, schedules["teacher_temp"], features, world.mean)
         signs["kl"] = result.loss - signs["teacher_entropy"]
         values = torch.stack([value.double() for value in signs.values()]).tolist()  # here the device is waited for
         point = {"step": step, "epoch": step / self.steps_per_epoch}
@@ -120,4 +125,4 @@ class Curve:
         totals = {name: float(value.sum()) if isinstance(value, Tensor) else value for name, value in values.items()}
         if bad := [name for name, total in totals.items() if not math.isfinite(total)]:
             first = min(step, int(self._finite_steps) + 1)
-            raise FloatingPointError(f"step {first}: {', '.join(bad[:3])} not finite. {health.DIVERGING.advice}")
+            raise FloatingPointError(f"step {first}: {', '.join(bad[:3])} not finite. {CURE_OF_DIVERGENCE}")

@@ -1,122 +1,180 @@
-"""The collapse doctor: numbers of a step -> a named state and its remedy (paper section 5.3: the two collapses).
+"""The collapse doctor: the curve's last points -> a named state, its finding in numbers and its remedy.
 
-A loss says little: it rises in healthy trainings and stays at ln K in dead ones. What tells is how the teacher spreads
-images over prototypes and how many directions the features use.
+A loss says little: it rises in healthy trainings and stays at ln K in dead ones. What tells is how far the teacher's
+answers differ from image to image (its information) and how many directions the features use (paper section 5.3).
+The last points are looked at together, so that one odd batch neither raises an alarm nor turns the verdict of a run.
+LOG.md (2026-11-24) has the trainings that the limits were found on; docs/health.md is for the one who meets an alarm.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean, median
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from dino.curve import CURE_OF_DIVERGENCE
 
-from dino.loss import teacher_probabilities
+Point = dict[str, float]
 
-UNIFORM_SHARE = 0.98  # of ln K: a teacher that sharp says nothing about any image
-ONE_PROTOTYPE_SHARE = 0.05  # of ln K: the batch's mean prediction sits on a handful of prototypes
-LOW_RANK_SHARE = 0.04  # of the directions that a batch of this size can use
-LOW_STD_SHARE = 0.1  # of 1 / sqrt(D), the std of features spread evenly over the sphere
-MIN_ROWS = 8  # images of a batch; fewer say nothing about directions
-WARMUP_SHARE = 0.1  # of the run: before, odd numbers are expected
-DIVERGING_GROWTH = 1.5  # of the loss over the lowest so far, when it also exceeds ln K
-
-
-def entropy(probabilities: Tensor) -> Tensor:
-    """Entropy in nats along the last axis."""
-    return torch.special.entr(probabilities).sum(dim=-1)
+WINDOW = 5  # points: with the median of five, two odd ones change nothing
+WARMUP_SHARE = 0.1  # of the run, or its warm-up if that is longer: odd numbers are expected
+MIN_INFORMATION = 0.02  # nats; collapsed trainings lie below 0.01, the default recipe at 0.9 and above
+UNIFORM_SHARE = 0.5  # of ln K: what a constant answer is nearer to, all prototypes alike or a few
+MIN_STD_SHARE = 0.1  # of 1 / sqrt(D), the std of features spread evenly over the sphere
+MIN_RANK_SHARE = 0.125  # of the directions that a batch of this size can use; healthy ones use 0.4 and more
+MIN_RANK = 1.5
+MIN_ROWS_OF_STD, MIN_ROWS_OF_RANK = 2, 8  # images of a batch; fewer say nothing about spread, about directions
+MAX_LOSS_SHARE = 1.25  # of ln K, what a student that knows nothing and says so would have
+FEATURE_SIGNS = {"feature_std": "std", "rank_me": "directions in use"}
 
 
-def rank_me(features_ND: Tensor) -> Tensor:
-    """Effective number of directions: exp of the entropy of normalised singular values (RankMe, Garrido 2023)."""
-    singular = torch.linalg.svdvals(features_ND.float().nan_to_num())  # the solver refuses NaN, feature_std shows it
-    return torch.exp(entropy(singular / singular.sum().clamp(min=1e-12)))
+@dataclass(frozen=True)
+class State:
+    """A named state, and in plain words what to do."""
+
+    name: str
+    advice: str
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether something must be changed."""
+        return self not in (HEALTHY, WARMING_UP)
 
 
-@torch.no_grad()
-def measure(
-    teacher_out: Tensor,
-    center: Tensor,
-    teacher_temp: float,
-    features_BD: Tensor,
-    mean_over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
-) -> dict[str, Tensor]:
-    """Vital signs of a batch, scalars on its device.
+HEALTHY = State("healthy", "Nothing to do.")
+WARMING_UP = State("warming up", "Too early to tell; look again after the warm-up.")
+UNIFORM = State(
+    "uniform collapse",
+    "The loss stays at ln K and nothing is learned. Lower pretrain.teacher_temp_start and pretrain.teacher_temp "
+    "(0.02 to 0.04), lower pretrain.out_dim, lower pretrain.lr_at_256, lengthen pretrain.warmup_epochs.",
+)
+ONE_HOT = State(
+    "one-hot collapse",
+    "The centring does not keep up. Raise pretrain.teacher_temp, lower pretrain.center_momentum (0.9), lower "
+    "pretrain.lr_at_256, keep pretrain.freeze_last_layer_epochs at 1 or more.",
+)
+DIMENSIONAL = State(
+    "dimensional collapse",
+    "Lower pretrain.lr_at_256, lengthen pretrain.warmup_epochs, lower pretrain.weight_decay and "
+    "pretrain.weight_decay_final, use more or harder local crops.",
+)
+DIVERGING = State("diverging", CURE_OF_DIVERGENCE)
 
-    Args:
-        teacher_out: [2 * B, K], or this rank's share of equal size.
-        center: [1, K], the centre that the loss used.
-        teacher_temp: The step's temperature.
-        features_BD: The teacher backbone's features of one global view of the whole batch.
-        mean_over_ranks: Makes one rank's mean that of all, so that the signs don't depend on how many there are.
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What the numbers of a training are read against.
+
+    Attributes:
+        prototypes: K.
+        batch: Images of the whole batch, which feature_std and rank_me are measured on.
+        width: D of the features.
+        epochs: Of the run.
+        warmup_epochs: Of its learning rate.
     """
-    probabilities = teacher_probabilities(teacher_out, center, teacher_temp)
-    normalised = F.normalize(features_BD.float(), dim=-1)
-    return {
-        "teacher_entropy": mean_over_ranks(entropy(probabilities).mean()),
-        "batch_entropy": entropy(mean_over_ranks(probabilities.mean(dim=0))),
-        "feature_std": normalised.std(dim=0, correction=0).mean(),  # of a single image: 0, not NaN
-        "rank_me": rank_me(normalised - normalised.mean(dim=0)),
-    }
+
+    prototypes: int
+    batch: int
+    width: int
+    epochs: float
+    warmup_epochs: float
+
+    @property
+    def ln_k(self) -> float:
+        """Entropy of an answer that names all prototypes alike, nats."""
+        return math.log(self.prototypes)
+
+    @property
+    def first_epoch(self) -> float:
+        """From here on a state is named."""
+        return max(self.warmup_epochs, WARMUP_SHARE * self.epochs)
+
+    @property
+    def healthy_above(self) -> Point:
+        """Limits of those signs that a batch of this size can show."""
+        limits = {"information": MIN_INFORMATION}
+        if self.batch >= MIN_ROWS_OF_STD:
+            limits["feature_std"] = MIN_STD_SHARE / math.sqrt(self.width)
+        if self.batch >= MIN_ROWS_OF_RANK:
+            limits["rank_me"] = max(MIN_RANK, MIN_RANK_SHARE * min(self.batch, self.width))
+        return limits
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A named state, and in plain words what to do."""
+    """What the doctor says at a point of the curve.
 
-    state: str
-    advice: str
+    Attributes:
+        state: Its name and remedy.
+        since_epoch: Of the first point of this state, without another in between.
+        signs: The numbers that it was named by: middle values of the last points.
+        finding: These numbers in words.
+    """
 
-
-HEALTHY = Diagnosis("healthy", "Nothing to do.")
-WARMING_UP = Diagnosis("warming up", "Too early to tell; look again after the warm-up.")
-UNIFORM = Diagnosis(
-    "uniform collapse",
-    "The teacher's output is uniform: the loss stays at ln K and nothing is learned. Lower pretrain.teacher_temp_start "
-    "and pretrain.teacher_temp (0.02 to 0.04), lower pretrain.out_dim, lengthen pretrain.warmup_epochs.",
-)
-ONE_HOT = Diagnosis(
-    "one-hot collapse",
-    "Every image falls on the same prototype: the centring does not keep up. Raise pretrain.teacher_temp, lower "
-    "pretrain.center_momentum (0.9), lower pretrain.lr_at_256, keep pretrain.freeze_last_layer_epochs at 1 or more.",
-)
-DIMENSIONAL = Diagnosis(
-    "dimensional collapse",
-    "The features use only a few directions. Lower pretrain.lr_at_256, lengthen pretrain.warmup_epochs, use more or "
-    "harder local crops, lower pretrain.weight_decay_final.",
-)
-DIVERGING = Diagnosis(
-    "diverging",
-    "The loss runs away. Lower pretrain.lr_at_256, lengthen pretrain.warmup_epochs, keep pretrain.clip_norm at 3 or "
-    "below, and use pretrain.precision fp32 below patch size 16.",
-)
+    state: State
+    since_epoch: float
+    signs: Point
+    finding: str
 
 
-def diagnose(points: list[dict[str, float]], *, prototypes: int, batch: int, width: int, total_steps: int) -> Diagnosis:
+def signs_of(window: Sequence[Point]) -> Point:
+    """What the last points say together: medians, and the mean of the loss, whose rare bursts count."""
+    found = {name: median(point[name] for point in window) for name in window[-1]}
+    return found | {"loss": fmean(point["loss"] for point in window)}
+
+
+def state_at(window: Sequence[Point], yardstick: Yardstick) -> State:
+    """The state that the last points of a curve show."""
+    if not math.isfinite(window[-1]["loss"]):
+        return DIVERGING
+    if window[-1]["epoch"] < yardstick.first_epoch:
+        return WARMING_UP
+    signs = signs_of(window)
+    if signs["loss"] > MAX_LOSS_SHARE * yardstick.ln_k:
+        return DIVERGING
+    low = {name for name, limit in yardstick.healthy_above.items() if signs[name] < limit}
+    if low & FEATURE_SIGNS.keys():
+        return DIMENSIONAL
+    if "information" in low:
+        return UNIFORM if signs["batch_entropy"] > UNIFORM_SHARE * yardstick.ln_k else ONE_HOT
+    return HEALTHY
+
+
+def states(points: Sequence[Point], yardstick: Yardstick) -> Iterator[State]:
+    """The state at each point, the last one first; each looks back only."""
+    for end in range(len(points), 0, -1):
+        yield state_at(points[max(0, end - WINDOW) : end], yardstick)
+
+
+def diagnose(points: Sequence[Point], yardstick: Yardstick) -> Diagnosis:
     """Name the state of a training from its curve so far.
 
     Args:
-        points: Rows with step, loss, teacher_entropy, batch_entropy, feature_std, rank_me; the last one is now.
-        prototypes: K.
-        batch: Images of the whole batch, which feature_std and rank_me were measured on.
-        width: D.
-        total_steps: Length of the run.
+        points: Rows with epoch, loss, batch_entropy, information, feature_std, rank_me; the last one is now.
+        yardstick: What they are read against.
     """
-    now, top = points[-1], math.log(prototypes)
-    if not math.isfinite(now["loss"]):
-        return DIVERGING
-    if now["step"] < WARMUP_SHARE * total_steps:
-        return WARMING_UP
-    lowest = min(point["loss"] for point in points)
-    if now["loss"] > max(top, DIVERGING_GROWTH * lowest):
-        return DIVERGING
-    if now["teacher_entropy"] > UNIFORM_SHARE * top:
-        return UNIFORM
-    if now["batch_entropy"] < ONE_PROTOTYPE_SHARE * top:
-        return ONE_HOT
-    low_std = now["feature_std"] < LOW_STD_SHARE / math.sqrt(width)
-    low_rank = now["rank_me"] < max(1.5, LOW_RANK_SHARE * min(batch, width))
-    if batch >= MIN_ROWS and (low_std or low_rank):
-        return DIMENSIONAL
-    return HEALTHY
+    backwards = states(points, yardstick)
+    state, since = next(backwards), points[-1]["epoch"]
+    for point, before in zip(points[-2::-1], backwards, strict=True):
+        if before != state:
+            break
+        since = point["epoch"]
+    signs = signs_of(points[-WINDOW:])
+    return Diagnosis(state, since, signs, finding(state, signs, yardstick))
+
+
+def finding(state: State, signs: Point, yardstick: Yardstick) -> str:
+    """What a state was named by, in plain words with numbers."""
+    limits = yardstick.healthy_above
+    if state == DIVERGING:
+        return f"The loss is {signs['loss']:.2f}; knowing nothing would cost ln K = {yardstick.ln_k:.2f}."
+    if state == DIMENSIONAL:
+        told = [(words, signs[name], limits[name]) for name, words in FEATURE_SIGNS.items() if name in limits]
+        numbers = [f"{words} {value:.2g}, healthy: above {limit:.2g}" for words, value, limit in told]
+        return f"The features of different images are almost alike ({'; '.join(numbers)})."
+    answer = f"entropy {signs['batch_entropy'] / yardstick.ln_k:.3f} of ln K = {yardstick.ln_k:.2f}"
+    apart = f"{max(signs['information'], 0.0):.3f} nats of information, healthy: above {MIN_INFORMATION}"
+    if state == UNIFORM:
+        return f"The teacher gives every image the same answer, all prototypes alike ({answer}; {apart})."
+    if state == ONE_HOT:
+        return f"The teacher puts every image on the same few prototypes ({answer}; {apart})."
+    return f"The teacher tells images apart ({answer}; {apart})." if state == HEALTHY else ""

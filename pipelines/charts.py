@@ -1,7 +1,7 @@
 """Figures of the report: scores against baselines, training curves, confusion matrix, sheets of pictures."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import matplotlib as mpl
@@ -38,7 +38,8 @@ class Panel:
 TITLES = {
     "loss": "Loss",
     "teacher_entropy": "Entropy of the teacher",
-    "kl": "Student from teacher (KL)",
+    "information": "Information of the teacher, nats",
+    "kl": "Student from teacher (KL), nats",
     "feature_std": "Spread of features (std)",
     "rank_me": "Directions in use (RankMe)",
     "grad_norm": "Norm of the gradient",
@@ -51,12 +52,13 @@ ENTROPIES = {"teacher_entropy": "of an image", "batch_entropy": "of the batch's 
 LINE_STYLES = ((LIGHT["trained"], "-"), (LIGHT["untrained"], (0, (5, 2))))
 
 
-def panels(table: pd.DataFrame, *, ln_k: float) -> list[Panel]:
+def panels(table: pd.DataFrame, *, ln_k: float, healthy_above: Mapping[str, float]) -> list[Panel]:
     """What plots/pretrain.csv holds: known curves in TITLES' order, then others; entropies as shares of ln K.
 
     Args:
         table: Columns `step`, `epoch`, and whatever training recorded.
         ln_k: Entropy of K equally likely prototypes, nat. Loss and entropy there mean that nothing is learned.
+        healthy_above: The doctor's limits, by column.
     """
     entropies = [column for column in ENTROPIES if column in table]
     found = []
@@ -69,7 +71,9 @@ def panels(table: pd.DataFrame, *, ln_k: float) -> list[Panel]:
             lines = {ENTROPIES[name]: _line(table, name, ln_k) for name in entropies}
             found.append(Panel(title, lines, {"ln K: uniform": 1.0}, (-0.03, 1.12)))
         elif column not in ("step", "epoch", *entropies):
-            found.append(Panel(title, {"": _line(table, column)}))
+            limit = healthy_above.get(column)
+            marks = {} if limit is None else {f"collapsed: below {limit:.2g}": limit}
+            found.append(Panel(title, {"": _line(table, column)}, marks))
     return [panel for panel in found if all(len(steps) for steps, _ in panel.lines.values())]
 
 

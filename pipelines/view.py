@@ -23,7 +23,7 @@ COLUMNS = {
     "metrics.`knn/untrained/test_top1`": 165,
     "metrics.`knn/pixels/test_top1`": 140,
     "metrics.`images_per_second`": 145,
-    "tags.`pretrain.health.state`": 160,
+    "tags.`health`": 160,
     "duration": 80,
     "runDateAndNestInfo": 140,
     "tags.`dino.data_md5`": 110,
@@ -31,7 +31,16 @@ COLUMNS = {
 }
 # Charts of the compared runs, one step axis; a metric without one gets its own chart below these.
 SCORES = ("knn/val_top1", "probe/val_top1", "linear/val_top1", "knn/test_top1")
-CURVES = ("loss", "snapshot/val_top1", "teacher_entropy", "kl", "rank_me", "grad_norm", "images_per_second")
+CURVES = (
+    "loss",
+    "snapshot/val_top1",
+    "teacher_entropy",
+    "information",
+    "kl",
+    "rank_me",
+    "grad_norm",
+    "images_per_second",
+)
 
 
 def _chart(kind: str, section: str, metric: str) -> dict[str, Any]:
@@ -127,9 +136,9 @@ def _score(metrics: Mapping[str, float], prefix: str) -> str:
 
 def _training(params: Mapping[str, str], metrics: Mapping[str, float], tags: Mapping[str, str]) -> list[str]:
     lines = []
-    if state := tags.get("pretrain.health.state"):
-        advice = tags.get("pretrain.health.advice", "")
-        lines.append(f"Health: **{state}**{f': {advice}' if advice else ''}.".replace("..", "."))
+    if state := tags.get("health"):
+        told = [tags.get("pretrain.health.finding", ""), tags.get("pretrain.health.advice", "")]
+        lines.append(" ".join(filter(None, [f"Health: **{state}**.", *told])))
     words = []
     if "pretrain.arch" in params:
         arch = params["pretrain.arch"]

@@ -180,6 +180,7 @@ def gather(settings: Mapping[str, Any], checkpoint: Path = paths.TEACHER) -> Wor
     if pretrain.get("key") == key:
         numbers, words = row.summarise("pretrain", pretrain)
         summaries, tags, points = numbers, words, read_curve()
+        tags |= {"health": pretrain["health"]["state"]} if "health" in pretrain else {}  # as the training calls it
     elif pretrain:
         left_out.append(
             f"{paths.PRETRAIN_METRICS} and the curves belong to another checkpoint; `dvc checkout` brings them together"

@@ -17,7 +17,7 @@ from dino.curve import CURVE_COLUMNS, run_length
 from dino.distributed import World
 from dino.files import whole_file
 from dino.fitting import fitting_micro_batches
-from dino.health import Diagnosis, diagnose
+from dino.health import diagnose
 from dino.images import ImageTable
 from dino.networks import backbone_arch
 from dino.precision import NAMES
@@ -25,7 +25,7 @@ from dino.pretrain import Interrupted, pretrain
 from dino.snapshots import Snapshots, kept_epochs, teacher_backbone
 from dino.training_state import TrainingState, save_state
 from dino.weights import digest
-from pipelines import paths, tracking
+from pipelines import doctor, paths, tracking
 from pipelines.crop_sheet import crop_sheet
 from pipelines.ending import StopRequest
 from pipelines.intent import resolve
@@ -37,7 +37,7 @@ from pipelines.save_clock import SaveClock
 from pipelines.shortage import MemoryShortError, in_short, lacks_memory
 from pipelines.stage import Requeue, run_stage
 
-SHEET_IMAGES = 8
+LAST_VALUES = ("teacher_entropy", "batch_entropy", "information", "kl", "feature_std", "rank_me")
 
 
 def main(params: Params) -> None:
@@ -125,11 +125,25 @@ def train(
     with progress("pretrain:", images) if world.is_main else nullcontext(lambda more, note="": None) as advance:
         pace = Pace()
 
+        def say(words: str) -> None:
+            if world.is_main:
+                print(f"pretrain: {words}", flush=True)
+
+        attending = doctor.Doctor(
+            doctor.yardstick_of(config, snapshots.facts["arch"]),
+            state.curve if state else [],
+            say,
+            tag=lambda name: tracker.tag({"health": name}),
+        )
+
         def report(step: int, point: dict[str, float]) -> None:
             pace.images += config.batch
-            advance(config.batch, f"loss {point['loss']:.3f}{pace.note()}" if point else "")
             if point:
+                state_now = attending.look(point).state
+                advance(config.batch, f"loss {point['loss']:.3f}, {state_now.name}{pace.note()}")
                 tracker.log_curve_points([(step, {**point, **pace.numbers()})])
+            else:
+                advance(config.batch)
 
         short = ""
         try:
@@ -140,7 +154,7 @@ def train(
                 precision=NAMES[config.precision],
                 state=state,
                 report=report,
-                say=lambda text: print(f"pretrain: {text}", flush=True) if world.is_main else None,
+                say=say,
                 snapshot=snapshots.save if world.is_main else lambda epoch, backbone: None,
                 save=resumable.save,
                 should_save=should_save,
@@ -209,7 +223,8 @@ def write_results(
     """What DVC keeps of a training to look at; nothing in it varies from run to run."""
     write_curve(final.curve)
     crop_sheet(table, config, paths.CROPS_PICTURE)
-    health = diagnose_run(config, final, len(table), width=facts["arch"]["embed_dim"])
+    yardstick = doctor.yardstick_of(config, facts["arch"])
+    found = diagnose(final.curve, yardstick)
     steps_per_epoch, total_steps = run_length(config, len(table))
     last_epoch = [point for point in final.curve if point["step"] > total_steps - steps_per_epoch]
     last = final.curve[-1]
@@ -218,8 +233,8 @@ def write_results(
         {
             "loss": sum(point["loss"] for point in last_epoch) / len(last_epoch),
             "prototypes_log": math.log(config.out_dim),
-            **{name: last[name] for name in ("teacher_entropy", "batch_entropy", "kl", "feature_std", "rank_me")},
-            "health": {"state": health.state, "advice": health.advice},
+            **{name: last[name] for name in LAST_VALUES},
+            "health": doctor.facts(found, yardstick),
             "epochs": config.epochs,
             "steps": total_steps,
             "images_seen": total_steps * config.batch,
@@ -231,18 +246,7 @@ def write_results(
             "snapshots_lost": list(snapshots_lost),
         },
     )
-    print(f"pretrain: {health.state}. {health.advice}")
-
-
-def diagnose_run(config: PretrainConfig, final: TrainingState, images: int, *, width: int) -> Diagnosis:
-    """The state of the finished training; `width` is that of the backbone's features."""
-    return diagnose(
-        final.curve,
-        prototypes=config.out_dim,
-        batch=config.batch,
-        width=width,
-        total_steps=run_length(config, images)[1],
-    )
+    print(f"pretrain: {found.state.name} since epoch {found.since_epoch:.1f}. {doctor.told(found)}")
 
 
 def write_curve(curve: list[dict[str, float]]) -> None:

@@ -3,7 +3,6 @@
 Only results stand in it, no time, host, path or run id: equal results give equal bytes.
 """
 
-import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -82,7 +81,11 @@ def collect(params: Params, facts: Mapping[str, Any]) -> tuple[dict[str, Any], d
     size = {"resize_px": params.embed.resize_px, "crop_px": params.embed.crop_px}
     headings, looks = gallery.look_rows(classes, queries, **size)
     with reading(paths.PRETRAIN_CURVES, "pretrain"):
-        panels = charts.panels(pd.read_csv(paths.PRETRAIN_CURVES), ln_k=math.log(facts["params"]["out_dim"]))
+        panels = charts.panels(
+            pd.read_csv(paths.PRETRAIN_CURVES),
+            ln_k=training["prototypes_log"],
+            healthy_above=training["health"]["healthy_above"],
+        )
         if not panels:
             raise ValueError("no curve in it")
     confusion = Confusion.read(classes.names)

@@ -17,11 +17,11 @@ from dino.distributed import World
 from dino.draws import epoch_order
 from dino.features import backbone_features, feature_batches
 from dino.files import whole_file
-from dino.health import rank_me
 from dino.images import ImageTable
 from dino.intervals import wilson_interval
 from dino.knn import knn_predict
 from dino.snapshots import snapshots_in
+from dino.vital_signs import rank_me
 from pipelines import paths, tracking
 from pipelines.labelled import Labels
 from pipelines.params import Params, Select

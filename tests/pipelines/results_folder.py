@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,10 @@ REPOSITORY = Path(__file__).parents[2]
 SIDE_PX, WIDTH, PROTOTYPES = 12, 16, 64
 COUNTS = {"train": 12, "val": 3, "test": 5}  # images of each class
 KEY = "0123456789abcdef"
-HEALTHY = {"state": "healthy", "advice": "Nothing to do."}
+HEALTHY = {
+    "state": "healthy", "advice": "Nothing to do.", "finding": "The teacher tells images apart.", "since_epoch": 0.5,
+    "healthy_above": {"information": 0.02, "rank_me": 1.5},
+}  # fmt: skip
 
 
 def interval(share: float, half_width: float, prefix: str = "") -> dict[str, float]:
@@ -69,8 +73,7 @@ def png(rng: np.random.Generator, label: int, height: int = SIDE_PX) -> bytes:
 
 def make_results(
     root: Path, *, names: Sequence[str] = ("bag", "coat", "shoe"), labelled: bool = True,
-    health: dict[str, str] = HEALTHY, knn: dict[str, Any] = KNN, probe: dict[str, Any] = PROBE,
-    linear: dict[str, Any] = LINEAR,
+    health: dict[str, Any] = HEALTHY, knn: dict[str, Any] = KNN, probe: dict[str, Any] = PROBE,
 ) -> Path:  # fmt: skip
     """Write everything below `root` that `report` reads, and params.yaml; returns root."""
     rng = np.random.default_rng(0)
@@ -114,7 +117,9 @@ def _write_tables(root: Path, label_rows: list[tuple], feature_rows: list[tuple]
             write(split, ids, np.stack(features).astype(np.float32))
 
 
-def _write_metrics(root: Path, names: Sequence[str], health: dict[str, str], found: dict[str, Any]) -> None:
+def _write_metrics(
+    root: Path, names: Sequence[str], health: dict[str, Any], knn: dict[str, Any], probe: dict[str, Any]
+) -> None:
     for folder in ("metrics", "plots"):
         (root / folder).mkdir()
     total = len(names) or 3
@@ -128,8 +133,9 @@ def _write_metrics(root: Path, names: Sequence[str], health: dict[str, str], fou
         "duplicates": {"within_train": 3, "train_in_test": 0},
     }  # fmt: skip
     training = {
-        "loss": 3.21, "teacher_entropy": 1.2, "kl": 2.0, "health": health, "epochs": 2, "steps": 40,
-        "images_seen": 12345, "key": KEY, "precision": "fp32", "parameters": 54321,
+        "loss": 3.21, "prototypes_log": math.log(PROTOTYPES), "teacher_entropy": 1.2, "kl": 2.0,
+        "health": health, "epochs": 2, "steps": 40, "images_seen": 12345,
+        "key": KEY, "precision": "fp32", "parameters": 54321,
     }  # fmt: skip
     snapshots = {
         str(epoch): {"step": 20 * epoch, "epoch": epoch, "rank_me": 3.0 + epoch, "feature_std": 0.1 * epoch}
@@ -151,20 +157,16 @@ def _write_metrics(root: Path, names: Sequence[str], health: dict[str, str], fou
         writer = csv.DictWriter(file, fieldnames=SELECT_COLUMNS)
         writer.writeheader()
         writer.writerows(snapshots.values())
-    kinds = [f"{kind}{end}" for kind in ("trained", "untrained") for end in ("", "_low", "_high")]
-    with (root / "plots/linear.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["epoch", *kinds])
-        writer.writerows([[epoch, *[0.7 + 0.05 * epoch] * 6] for epoch in (1, 2) if names])
-    header = ["step", "epoch", "loss", "teacher_entropy", "batch_entropy", "kl", "feature_std", "rank_me", "lr",
-              "weight_decay", "ema_momentum", "teacher_temp", "grad_norm"]  # fmt: skip
+    header = ["step", "epoch", "loss", "teacher_entropy", "batch_entropy", "information", "kl", "feature_std",
+              "rank_me", "lr", "weight_decay", "ema_momentum", "teacher_temp", "grad_norm"]  # fmt: skip
     with (root / "plots/pretrain.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         for step in range(1, 41):
             t = step / 40
-            writer.writerow([step, 2 * t, 4.1 - t, 3 - 1.5 * t, 4 - 0.3 * t, 1 + 0.4 * t, 0.1 + 0.1 * t, 4 + 5 * t,
-                             5e-4 * t, 0.04 + 0.36 * t, 0.996 + 0.004 * t, 0.04, 1 + 0.3 * np.sin(9 * t)])  # fmt: skip
+            writer.writerow([step, 2 * t, 4.1 - t, 3 - 1.5 * t, 4 - 0.3 * t, 1 + 1.2 * t, 1 + 0.4 * t, 0.1 + 0.1 * t,
+                             4 + 5 * t, 5e-4 * t, 0.04 + 0.36 * t, 0.996 + 0.004 * t, 0.04,
+                             1 + 0.3 * np.sin(9 * t)])  # fmt: skip
     for seed, name in enumerate(("samples", "crops")):
         pixels = np.random.default_rng(seed).integers(0, 255, (20, 60, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / f"plots/{name}.png")

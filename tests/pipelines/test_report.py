@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from results_folder import COUNTS, NO_LABELS, REPOSITORY, make_results
+from results_folder import COUNTS, HEALTHY, NO_LABELS, REPOSITORY, make_results
 
 from dino.images import ImageTable
 from pipelines import params, paths
@@ -149,7 +149,12 @@ def floats(values: Mapping[str, Any]) -> list[float]:
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A page of hostile class names, a sick training, and scores that are all different."""
-    health = {"state": "one-hot collapse", "advice": "Raise <pretrain.teacher_temp>."}
+    health = HEALTHY | {
+        "state": "one-hot collapse",
+        "advice": "Raise <pretrain.teacher_temp>.",
+        "finding": "Entropy 0.01 < 0.02.",
+        "since_epoch": 1.25,
+    }
     root = make_results(tmp_path_factory.mktemp("hostile"), names=HOSTILE, health=health, **distinct_scores())
     with pytest.MonkeyPatch.context() as monkeypatch:
         return make_report(root, monkeypatch)
@@ -165,6 +170,14 @@ def test_every_score_stands_on_the_page(hostile: str):
 def test_a_sick_training_says_what_to_do(hostile: str):
     words = Page(hostile).words
     assert "training is not healthy (one-hot collapse). Raise <pretrain.teacher_temp>." in words
+    assert "since epoch 1.2 of 2. Entropy 0.01 < 0.02. Raise" in words
+
+
+def test_the_doctors_limits_are_drawn_into_the_curves(hostile: str):
+    words = Page(hostile).words
+    assert "Information of the teacher" in words
+    for limit in HEALTHY["healthy_above"].values():
+        assert f"collapsed: below {limit:.2g}" in hostile
 
 
 def test_hostile_class_names_are_text(hostile: str):

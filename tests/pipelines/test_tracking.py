@@ -167,7 +167,7 @@ def test_a_row_says_what_was_trained_on_what(home: Path, monkeypatch: pytest.Mon
     assert run.data.metrics["probe/untrained/test_top1_high"] == pytest.approx(0.73)
     assert not [name for name in run.data.metrics if "_by_" in name or "T-shirt" in name]
     assert run.data.tags["dvc.models/teacher.safetensors"] == tracking.workspace.file_md5(home / paths.TEACHER)
-    assert run.data.tags["pretrain.health.state"] == "healthy"
+    assert run.data.tags["health"] == run.data.tags["pretrain.health.state"] == "healthy"
     assert (run.data.tags["dvc.exp_name"], run.data.tags["prefect.flow_run_id"]) == ("longer", "f1")
     assert "| k-NN (k 10)&emsp; | 0.8000 (0.7900 to 0.8100)&emsp; |" in run.data.tags["mlflow.note.content"]
     md5s = {d.dataset.name: d.dataset.digest for d in run.inputs.dataset_inputs}
