@@ -255,16 +255,17 @@ def test_a_second_process_of_the_stage_is_refused_though_it_trains_another_setti
     assert quiet_run.md5s() == before
 
 
-def test_a_changed_setting_has_its_own_key_and_the_changed_back_one_its_old(quiet_run: Workplace) -> None:
-    from dataclasses import asdict
-
-    from dino.fingerprint import intent_key
-    from dino.images import ImageTable
+def test_a_changed_setting_has_its_own_key_and_the_changed_back_one_its_old(
+    quiet_run: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pipelines import params
+    from pipelines.intent import key_here
+
+    monkeypatch.chdir(quiet_run.root)
+    monkeypatch.setenv("DINO_DEVICE", "cpu")
 
     def key() -> str:
-        chosen = asdict(params.load(quiet_run.root / "params.yaml").pretrain)
-        return intent_key(chosen, ImageTable(quiet_run.root / "data/prepared/train.arrow").digest())
+        return key_here(params.load(quiet_run.root / "params.yaml").pretrain)
 
     trained = quiet_run.metrics()["key"]
     assert key() == trained
