@@ -74,6 +74,7 @@ def png(rng: np.random.Generator, label: int, height: int = SIDE_PX) -> bytes:
 def make_results(
     root: Path, *, names: Sequence[str] = ("bag", "coat", "shoe"), labelled: bool = True,
     health: dict[str, Any] = HEALTHY, knn: dict[str, Any] = KNN, probe: dict[str, Any] = PROBE,
+    linear: dict[str, Any] = LINEAR,
 ) -> Path:  # fmt: skip
     """Write everything below `root` that `report` reads, and params.yaml; returns root."""
     rng = np.random.default_rng(0)
@@ -117,9 +118,7 @@ def _write_tables(root: Path, label_rows: list[tuple], feature_rows: list[tuple]
             write(split, ids, np.stack(features).astype(np.float32))
 
 
-def _write_metrics(
-    root: Path, names: Sequence[str], health: dict[str, Any], knn: dict[str, Any], probe: dict[str, Any]
-) -> None:
+def _write_metrics(root: Path, names: Sequence[str], health: dict[str, Any], found: dict[str, Any]) -> None:
     for folder in ("metrics", "plots"):
         (root / folder).mkdir()
     total = len(names) or 3
@@ -157,6 +156,11 @@ def _write_metrics(
         writer = csv.DictWriter(file, fieldnames=SELECT_COLUMNS)
         writer.writeheader()
         writer.writerows(snapshots.values())
+    kinds = [f"{kind}{end}" for kind in ("trained", "untrained") for end in ("", "_low", "_high")]
+    with (root / "plots/linear.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["epoch", *kinds])
+        writer.writerows([[epoch, *[0.7 + 0.05 * epoch] * 6] for epoch in (1, 2) if names])
     header = ["step", "epoch", "loss", "teacher_entropy", "batch_entropy", "information", "kl", "feature_std",
               "rank_me", "lr", "weight_decay", "ema_momentum", "teacher_temp", "grad_norm"]  # fmt: skip
     with (root / "plots/pretrain.csv").open("w", newline="", encoding="utf-8") as file:
