@@ -56,7 +56,7 @@ def verify(targets: Sequence[str], keep: bool = False) -> int:
     refuse_changed(stages)
     known = read_seconds()
     if all(stage in known for stage in stages):
-        print(f"verify: {_count(stages)}; the last time they took {sum(known[stage] for stage in stages):,.0f} s")
+        print(f"verify: {_count(stages)}, {sum(known[stage] for stage in stages):,.0f} s the last time")
     with scratch_folder(keep) as scratch:
         copy_repository(scratch, QUIET)
         bring(lock, stages, scratch)

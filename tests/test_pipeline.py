@@ -133,6 +133,19 @@ def test_another_directory_process_and_hash_seed_give_the_same_bytes(
     assert outs(second) == outs(first)
 
 
+@pytest.mark.acceptance
+def test_every_stage_run_anew_is_verified_and_other_threads_are_told_apart(first: Path) -> None:
+    done = run(first, sys.executable, "-m", "pipelines.verify")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r"verify: (\w+) executed in", done.stdout) == STAGES
+    assert "outs are identical to dvc.lock" in done.stdout.splitlines()[-1]
+    other = run(first, sys.executable, "-m", "pipelines.verify", "pretrain", OMP_NUM_THREADS="1")
+    assert other.returncode == 1
+    assert re.search(
+        r"pretrain: models/snapshots differs: epoch_0001.safetensors: tensor .*, by .* at most", other.stdout
+    )
+
+
 def test_a_setting_of_the_evaluation_reruns_no_training(first: Path) -> None:
     plan = run(first, "dvc", "repro", "--dry", "knn")
     assert "Running stage" not in plan.stdout
