@@ -16,10 +16,10 @@ EVALUATIONS = {
     "probe": paths.PROBE_METRICS,
     "linear evaluation": paths.LINEAR_METRICS,
 }
-IN_WORDS = {
-    "k-NN": "each image takes the class that the training images nearest to it vote for; nothing is trained",
-    "probe": "a linear classifier on stored features, without augmentation: quick, and it judges raw pixels too",
-    "linear evaluation": "the paper's protocol: a linear classifier trained on augmented images, the backbone frozen",
+IN_WORDS = {  # each fits a line of 80 behind its name
+    "k-NN": "votes of the nearest training images; nothing is trained",
+    "probe": "a linear classifier on stored features: quick, raw pixels too",
+    "linear evaluation": "the paper's, a linear classifier on augmented images",
 }
 MORE_TRAINING = "Healthy but not ahead: first give it more training (pretrain.epochs), then other crops."
 
