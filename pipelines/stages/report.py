@@ -3,6 +3,7 @@
 Only results stand in it, no time, host, path or run id: equal results give equal bytes.
 """
 
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
