@@ -64,7 +64,11 @@ def collect(params: Params, facts: Mapping[str, Any]) -> tuple[dict[str, Any], d
     classes, evaluations = Classes.read(), scores.evaluations()
     training = read_metrics(paths.PRETRAIN_METRICS, "pretrain", "health", "epochs", "images_seen")
     with reading(paths.PRETRAIN_METRICS, "pretrain"):
-        health = {name: str(training["health"][name]) for name in ("state", "advice")}
+        found = training["health"]
+        health = {name: str(found[name]) for name in ("state", "advice", "finding")}
+        health["since_epoch"] = f"{finite(found['since_epoch']):.1f}"
+        healthy_above = {str(name): finite(limit) for name, limit in found["healthy_above"].items()}
+        ln_k = finite(training["prototypes_log"])
         training |= {"health": health, "epochs": int(training["epochs"]), "images_seen": int(training["images_seen"])}
         verdict = scores.verdict(evaluations, health)
     data = read_metrics(paths.DATA_METRICS, "prepare")
@@ -82,11 +86,7 @@ def collect(params: Params, facts: Mapping[str, Any]) -> tuple[dict[str, Any], d
     size = {"resize_px": params.embed.resize_px, "crop_px": params.embed.crop_px}
     headings, looks = gallery.look_rows(classes, queries, **size)
     with reading(paths.PRETRAIN_CURVES, "pretrain"):
-        panels = charts.panels(
-            pd.read_csv(paths.PRETRAIN_CURVES),
-            ln_k=training["prototypes_log"],
-            healthy_above=training["health"]["healthy_above"],
-        )
+        panels = charts.panels(pd.read_csv(paths.PRETRAIN_CURVES), ln_k=ln_k, healthy_above=healthy_above)
         if not panels:
             raise ValueError("no curve in it")
     confusion = Confusion.read(classes.names)
