@@ -258,9 +258,9 @@ class VisionTransformer(nn.Module):
             x_NTD = block(x_NTD, queries, None if uniform_L2N is None else uniform_L2N[layer])
         return self.norm(x_NTD)[:, 0]
 
-    def get_intermediate_layers(self, images_NCHW: Tensor, n: int = 1) -> list[Tensor]:
-        """Tokens of the last n blocks, each after the final norm, [N, T, D] each."""
-        x_NTD = self.tokens(images_NCHW)
+    def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
+        """Tokens of images x [N, C, H, W] after each of the last n blocks and the final norm, [N, T, D] each."""
+        x_NTD = self.tokens(x)
         layers = []
         for layer, block in enumerate(self.blocks):
             x_NTD = block(x_NTD, x_NTD.shape[1], None)
@@ -268,9 +268,9 @@ class VisionTransformer(nn.Module):
                 layers.append(self.norm(x_NTD))
         return layers
 
-    def get_last_selfattention(self, images_NCHW: Tensor) -> Tensor:
-        """Attention weights of the last block, [N, heads, T, T]."""
-        x_NTD = self.tokens(images_NCHW)
+    def get_last_selfattention(self, x: Tensor) -> Tensor:
+        """Attention weights of the last block for images x [N, C, H, W], [N, heads, T, T]."""
+        x_NTD = self.tokens(x)
         for block in list(self.blocks)[:-1]:
             x_NTD = block(x_NTD, x_NTD.shape[1], None)
         last = self.blocks[-1]

@@ -4,6 +4,7 @@ Differences are in 255ths: 1 is a step of an 8-bit pixel.
 """
 
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -327,7 +328,8 @@ def test_without_locals_there_are_two_globals() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_makes_the_same_crops() -> None:
+def test_cuda_makes_the_same_crops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the same draws to the bit: they are made on the CPU, and only pixels travel."""
     batch = pad(natural_batch(16))
     settings = {
         "config": PretrainConfig(**SMALL),
@@ -336,8 +338,21 @@ def test_cuda_makes_the_same_crops() -> None:
         "mean": [0.0] * 3,
         "std": [1.0] * 3,
     }
+    used: list[CropDraws] = []
+
+    def noted(*arguments: Any) -> CropDraws:
+        used.append(draw_view(*arguments))
+        return used[-1]
+
+    monkeypatch.setattr(augment, "draw_view", noted)
     on_cuda = multi_crop(ImageBatch(batch.pixels_BCHW.cuda(), batch.sizes_B2), **settings)
-    for a, b in zip(multi_crop(batch, **settings), on_cuda, strict=True):
+    on_cpu = multi_crop(batch, **settings)
+    assert used and len(used) % 2 == 0
+    for there, here in zip(used[: len(used) // 2], used[len(used) // 2 :], strict=True):
+        for field in fields(CropDraws):
+            assert getattr(there, field.name).device.type == "cpu"
+            assert torch.equal(getattr(there, field.name), getattr(here, field.name)), field.name
+    for a, b in zip(on_cpu, on_cuda, strict=True):
         assert b.device.type == "cuda" and steps_of_255(a, b.cpu()) <= CLOSE
 
 

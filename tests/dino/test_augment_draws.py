@@ -81,6 +81,20 @@ def test_boxes_of_locals(view: int) -> None:
     assert_uniform(d.left / (10_000 - d.width), 0, 1)
 
 
+@pytest.mark.parametrize("view", [0, 1])
+@pytest.mark.parametrize(("height", "width"), [(1000, 1000), (600, 1000)])
+def test_boxes_of_globals(view: int, height: int, width: int) -> None:
+    """They may not fit at the first attempt: the reference is torchvision's own drawing with the paper's scale."""
+    d = view_of(view, height, width)
+    torch.manual_seed(view)
+    image = torch.zeros(3, height, width)
+    boxes = [RandomResizedCrop.get_params(image, [0.4, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)]
+    theirs = np.array(boxes).astype(float).T
+    for found, expected in zip((d.top, d.left, d.height, d.width), theirs, strict=True):
+        assert stats.ks_2samp(found.double().numpy(), expected).pvalue > SURPRISE
+    assert stats.ks_2samp((d.height * d.width).double().numpy(), theirs[2] * theirs[3]).pvalue > SURPRISE
+
+
 @pytest.mark.parametrize(
     ("height", "width", "scale", "ratio"),
     [

@@ -1,12 +1,15 @@
 """Student and teacher: separate objects, one start, no gradient, EMA over parameters only."""
 
+import inspect
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from dino.config import PretrainConfig
 from dino.ema import ema_update
-from dino.model import DINO, DINOHead, VisionTransformer
+from dino.model import DINO, DINOHead, MultiCropWrapper, VisionTransformer, dino_loss, vit_base, vit_small, vit_tiny
 from dino.networks import build_dino
 
 
@@ -122,3 +125,31 @@ def test_settings_build_a_student_with_stochastic_depth_and_a_teacher_without() 
     views = [torch.randn(4, 1, 16, 16), torch.randn(4, 1, 16, 16)]
     torch.testing.assert_close(dino.teacher(views), dino.teacher(views), rtol=0, atol=0)
     assert not torch.allclose(dino.student(views), dino.student(views))
+
+
+# The names and the order that the field uses, and each default ("" where there is none); more may follow.
+SIGNATURES: dict[Any, dict[str, Any]] = {
+    VisionTransformer: {"img_size": 224, "patch_size": 16, "in_chans": 3, "embed_dim": 768, "depth": 12,
+                        "num_heads": 12, "mlp_ratio": 4.0, "qkv_bias": True, "drop_path_rate": 0.0},
+    VisionTransformer.get_intermediate_layers: {"self": "", "x": "", "n": 1},
+    VisionTransformer.get_last_selfattention: {"self": "", "x": ""},
+    DINOHead: {"in_dim": "", "out_dim": "", "use_bn": False, "norm_last_layer": True, "nlayers": 3,
+               "hidden_dim": 2048, "bottleneck_dim": 256},
+    MultiCropWrapper: {"backbone": "", "head": ""},
+    dino_loss: {"student_out": "", "teacher_out": "", "center": "", "student_temp": 0.1, "teacher_temp": 0.04,
+                "center_momentum": 0.9},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("named", SIGNATURES, ids=lambda named: named.__qualname__)
+def test_the_public_names_take_what_the_field_knows_them_to_take(named: Any) -> None:
+    found = {p.name: "" if p.default is p.empty else p.default for p in inspect.signature(named).parameters.values()}
+    expected = SIGNATURES[named]
+    assert dict(list(found.items())[: len(expected)]) == expected and list(found)[: len(expected)] == list(expected)
+    assert all(default != "" for default in list(found.values())[len(expected) :])
+
+
+@pytest.mark.parametrize(("named", "width", "heads"), [(vit_tiny, 192, 3), (vit_small, 384, 6), (vit_base, 768, 12)])
+def test_the_named_sizes_are_ours_to_change(named: Any, width: int, heads: int) -> None:
+    found = named(patch_size=8, img_size=16, depth=1)
+    assert (found.arch["embed_dim"], found.arch["num_heads"], found.arch["depth"]) == (width, heads, 1)

@@ -14,7 +14,7 @@ from dino.distributed import World
 from dino.images import ImageTable
 from dino.networks import build_dino
 from dino.optimizer import build_optimizer
-from dino.pretrain import Interrupted, MicroBatch, make_micro_batches, pretrain, step_settings, train_step
+from dino.pretrain import Interrupted, make_micro_batches, pretrain, step_settings, train_step
 from dino.training_state import TrainingState, load_state, save_state
 
 CONFIG = PretrainConfig(**SETTINGS)
@@ -31,16 +31,12 @@ def few_steps(table: ImageTable, world: World, dtype: torch.dtype, config: Pretr
     share_batch_norms(dino, world)
     optimizer = build_optimizer(dino.student, config.optimizer)
     center, losses, first_crops = torch.zeros(1, config.out_dim, dtype=dtype), [], []
-    mine = torch.tensor(world.rows(config.batch))
     for step in range(FEW_STEPS):
-
-        def made(batch_rows: torch.Tensor, step: int = step) -> MicroBatch:
-            images = table.batch((config.batch * step + batch_rows).tolist())
-            return make_micro_batches(config, config.depth or 0, step, images, batch_rows, table, world.device)[0]
-
-        first_crops = first_crops or made(mine)[0]
-        crops, drawn = made(torch.arange(config.batch))  # of all images: float32 is rounded by the company it is in
-        parts = [([c[mine].to(dtype) for c in crops], [None if d is None else d[..., mine] for d in drawn])]
+        batch_rows = torch.tensor(world.rows(config.batch))
+        images = table.batch((config.batch * step + batch_rows).tolist())
+        made = make_micro_batches(config, config.depth or 0, step, images, batch_rows, table, world.device)
+        first_crops = first_crops or made[0][0]
+        parts = [([crop.to(dtype) for crop in crops], drawn) for crops, drawn in made]
         settings = step_settings(config, step, STEPS_PER_EPOCH)
         result = train_step(dino, optimizer, center, parts, settings, config, world)
         center = result.center

@@ -281,6 +281,13 @@ def test_a_changed_setting_has_its_own_key_and_the_changed_back_one_its_old(
     [
         ({"batch": 200}, ["pretrain.batch is 200", "160 training images", "choose at most 160"]),
         ({"epochs": 0}, ["params.yaml has 1 problem", "pretrain.epochs is 0: choose 1 or more"]),
+        ({"warmup_epochs": 3}, ["pretrain.warmup_epochs is 3", "longer than the run of 2 epochs", "choose fewer"]),
+        ({"teacher_temp_warmup_epochs": 3}, ["pretrain.teacher_temp_warmup_epochs is 3", "run of 2 epochs"]),
+        ({"global_px": 13}, ["pretrain.global_px is 13", "patch_size (4)", "choose 12 or 16"]),
+        ({"local_px": 7}, ["pretrain.local_px is 7", "patch_size (4)", "choose 4 or 8"]),
+        ({"ema_momentum": 1.01}, ["pretrain.ema_momentum is 1.01: choose a share from 0 to 1"]),
+        ({"center_momentum": -0.1}, ["pretrain.center_momentum is -0.1: choose a share from 0 to 1"]),
+        ({"micro_batches": 3}, ["pretrain.batch (4)", "micro_batches (3)", "choose a divisor"]),
     ],
 )
 def test_a_users_error_is_one_clear_message(
@@ -297,6 +304,14 @@ def test_a_users_error_is_one_clear_message(
     for part in parts:
         assert part in message
     assert not any((place.root / out).exists() for out in OUTS)
+
+
+@pytest.mark.acceptance
+def test_a_batch_that_the_ranks_do_not_divide_is_one_clear_message(tmp_path: Path) -> None:
+    place = Workplace(tmp_path, batch=5)
+    code, _, err = place.run(0, 1, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    assert code != 0 and not any((place.root / out).exists() for out in OUTS)
+    assert "pretrain.batch (5) does not divide among 2 processes" in err and "choose a multiple of 2" in err
 
 
 def test_a_missing_table_is_one_clear_message(
