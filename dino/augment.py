@@ -248,7 +248,9 @@ def blur_weights(radius_N: Tensor, px: int) -> Tensor:
 def gaussian_blur(images: Tensor, radius_N: Tensor) -> Tensor:
     """Blur each image [N, C, P, P] with its own standard deviation in pixels."""
     weights = blur_weights(radius_N, images.shape[-1]).float().to(images.device)[:, None]
-    return weights @ images @ weights.transpose(-1, -2)
+    if images.device.type == "cpu":  # image by image: a batched product there is rounded by how many there are
+        return torch.stack([w @ image @ w.mT for w, image in zip(weights, images, strict=True)])
+    return weights @ images @ weights.mT
 
 
 def solarize(images: Tensor) -> Tensor:
