@@ -12,14 +12,12 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
-import torchvision
 from torch import nn
-from torchvision.ops import StochasticDepth
 
 from dino.vision_transformer import VisionTransformer
 
 TIMM = "timm/"  # beginning of the names of timm's networks
-RANDOM_LAYERS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, StochasticDepth)
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
 def build_backbone(arch: Mapping[str, Any]) -> nn.Module:
@@ -80,6 +78,8 @@ def _torchvision_backbone(name: str, in_chans: int) -> nn.Module:
 
     Its random layers are off: their draws would depend on the number of ranks and on where a run was resumed.
     """
+    import torchvision  # here: it takes more than a second, and our ViTs need none of it
+
     network: nn.Module = torchvision.models.get_model(name, weights=None)
     modules = list(network.named_modules())
     last_linear = [path for path, module in modules if isinstance(module, nn.Linear)][-1]
@@ -117,8 +117,10 @@ def _replace(network: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _without_random_layers(network: nn.Module) -> nn.Module:
+    from torchvision.ops import StochasticDepth  # here: as above
+
     for module in network.modules():
-        if isinstance(module, RANDOM_LAYERS):
+        if isinstance(module, (*DROPOUTS, StochasticDepth)):
             module.p = 0.0
         if hasattr(module, "drop_prob"):  # timm's stochastic depth
             module.drop_prob = 0.0  # type: ignore[assignment]

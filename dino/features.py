@@ -65,6 +65,24 @@ def feature_batches(
         yield [world.gather_rows(features_BD).cpu() for features_BD in found]
 
 
+def features_of(
+    extractors: Sequence[Extractor],
+    table: ImageTable,
+    rows: Sequence[int],
+    *,
+    batch: int,
+    world: World,
+    advance: Callable[[int], object] = lambda images: None,
+) -> list[Tensor]:
+    """All of `feature_batches`: features [len(rows), D] by each extractor; `advance` hears of each batch's images."""
+    parts: list[list[Tensor]] = [[] for _ in extractors]
+    for found in feature_batches(extractors, table, rows, batch=batch, world=world):
+        for part, features_BD in zip(parts, found, strict=True):
+            part.append(features_BD)
+        advance(len(found[0]))
+    return [torch.cat(part) if part else torch.empty(0) for part in parts]
+
+
 def decoded_ahead(table: ImageTable, batches: Iterable[Sequence[int]]) -> Iterator[ImageBatch]:
     """Each batch decoded, the next ones while it is used; one of no rows too."""
     return ahead(partial(_decode, table), batches)
@@ -97,5 +115,4 @@ def extract_features(
     extractor = backbone_features(
         backbone.to(world.device), resize_px=resize_px, crop_px=crop_px, mean=table.mean, std=table.std
     )
-    parts = feature_batches([extractor], table, range(len(table)), batch=batch, world=world)
-    return torch.cat([features_BD for (features_BD,) in parts])
+    return features_of([extractor], table, range(len(table)), batch=batch, world=world)[0]

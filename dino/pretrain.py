@@ -22,7 +22,7 @@ from dino.images import ImageBatch, ImageTable
 from dino.initial import initial_state
 from dino.loss import dino_loss
 from dino.model import DINO
-from dino.networks import backbone_arch, build_dino
+from dino.networks import build_dino
 from dino.optimizer import build_optimizer, clip_each_gradient, freeze_last_layer, set_schedule
 from dino.schedules import cosine, teacher_temperature
 from dino.snapshots import kept_epochs
@@ -232,7 +232,7 @@ def pretrain(
     steps_per_epoch, total_steps = run_length(config, len(table))
     dino = build_dino(config, table.channels).to(world.device)
     share_batch_norms(dino, world)
-    depth = backbone_arch(config, table.channels).get("depth", 0)  # of a ViT; no other has stochastic depth
+    depth = len(getattr(dino.student.backbone, "blocks", ()))  # of a ViT; no other has stochastic depth
     optimizer = build_optimizer(dino.student, config.optimizer)
     step, points = 0, []
     center, loss_sum = torch.zeros(1, config.out_dim, device=world.device), torch.zeros((), device=world.device)

@@ -24,6 +24,16 @@ def rank_me(features_ND: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def signs_of_features(features_ND: Tensor) -> dict[str, Tensor]:
+    """feature_std and rank_me of features on the unit sphere: how they spread, how many directions they use."""
+    normalised = F.normalize(features_ND.float(), dim=-1)
+    return {
+        "feature_std": normalised.std(dim=0, correction=0).mean(),  # of a single image: 0, not NaN
+        "rank_me": rank_me(normalised - normalised.mean(dim=0)),
+    }
+
+
+@torch.no_grad()
 def measure(
     teacher_out: Tensor,
     center: Tensor,
@@ -45,13 +55,11 @@ def measure(
         far the teacher tells images apart; feature_std and rank_me of the features on the unit sphere.
     """
     probabilities = teacher_probabilities(teacher_out, center, teacher_temp)
-    normalised = F.normalize(features_BD.float(), dim=-1)
     of_an_image = mean_over_ranks(entropy(probabilities).mean())
     of_the_mean = entropy(mean_over_ranks(probabilities.mean(dim=0)))
     return {
         "teacher_entropy": of_an_image,
         "batch_entropy": of_the_mean,
         "information": of_the_mean - of_an_image,
-        "feature_std": normalised.std(dim=0, correction=0).mean(),  # of a single image: 0, not NaN
-        "rank_me": rank_me(normalised - normalised.mean(dim=0)),
+        **signs_of_features(features_BD),
     }

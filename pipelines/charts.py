@@ -38,8 +38,8 @@ class Panel:
 TITLES = {
     "loss": "Loss",
     "teacher_entropy": "Entropy of the teacher",
-    "information": "Information of the teacher, nats",
-    "kl": "Student from teacher (KL), nats",
+    "information": "Information of the teacher",
+    "kl": "Student from teacher (KL)",
     "feature_std": "Spread of features (std)",
     "rank_me": "Directions in use (RankMe)",
     "grad_norm": "Norm of the gradient",

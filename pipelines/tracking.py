@@ -134,24 +134,6 @@ class Tracker:
             del self._points[:-POINTS_KEPT]
             self._change.notify()
 
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        """Params that the row lacks, by their full name ("pretrain.epochs")."""
-        words = row.texts(params)
-        self.submit(lambda r: r.add_params(words))
-
-    def log_summaries(self, summaries: Mapping[str, float]) -> None:
-        """Single numbers, by the name that the UI's columns show."""
-        numbers = dict(summaries)
-        self.submit(lambda r: r.add_summaries(numbers))
-
-    def log_picture(self, path: str | Path) -> None:
-        """A picture, among the row's artifacts."""
-        self.submit(lambda r: r.add_files(row.files_in("pictures", [path])))
-
-    def log_html(self, path: str | Path) -> None:
-        """A self-contained page, shown by the UI among the row's artifacts."""
-        self.submit(lambda r: r.add_files(row.files_in("report", [path])))
-
     def tag(self, tags: Mapping[str, Any]) -> None:
         """Facts in words: device, precision, whether a resumed run is still bit-exact."""
         words = row.texts(tags)

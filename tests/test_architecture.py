@@ -261,6 +261,11 @@ def run(code: str) -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+def test_our_vits_load_no_torchvision():
+    """It takes more than a second to import; its own networks, and timm's, bring it when they are built."""
+    run("import sys, dino.checkpoint, dino.pretrain; assert 'torchvision' not in sys.modules")
+
+
 def test_the_flow_loads_no_torch_and_no_stage():
     run(
         "import sys, pipelines.flow\n"

@@ -16,6 +16,7 @@ import yaml
 
 import dino
 from dino.images import ImageTable
+from pipelines.scratch import copy_repository
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -60,19 +61,8 @@ def run(folder: Path, *command: str, **environment: str) -> subprocess.Completed
 
 
 def scratch_clone(folder: Path) -> Path:
-    """The working tree as it stands, committed in a git repository of its own, with tiny settings."""
-    files = run(ROOT, "git", "ls-files", "--cached", "--others", "--exclude-standard").stdout.splitlines()
-    for name in filter(lambda name: (ROOT / name).is_file(), files):
-        if name != "dvc.lock" and not name.startswith("metrics/"):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    settings = yaml.safe_load((folder / "params.yaml").read_text())
-    for section, values in TINY.items():
-        settings[section].update(values)
-    (folder / "params.yaml").write_text(yaml.safe_dump(settings))
-    run(folder, "git", "init", "-q")
-    run(folder, "git", "add", "-A")
-    run(folder, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "tiny")
+    """The working tree as it stands, in a git repository of its own, with tiny settings."""
+    copy_repository(folder, TINY, root=ROOT)
     return folder
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dino.checkpoint import load_backbone
 from dino.distributed import World
-from dino.features import feature_batches
+from dino.features import features_of
 from dino.files import whole_file
 from dino.images import ImageTable
 from dino.linear import Crops, evaluation_features, linear_features, train_linear
@@ -101,12 +101,12 @@ def judge_linear(
     view = {"resize_px": sizes.resize_px, "crop_px": sizes.crop_px} | normalised
     extractors = [evaluation_features(features, **view) for features in seen]
 
-    def features_of(images: Images) -> list[Tensor]:
+    def features_on(images: Images) -> list[Tensor]:
         rows, batch = images.rows_N.tolist(), params.runtime.embed.batch
-        parts = feature_batches(extractors, images.table, rows, batch=batch, world=world)
-        return [finite(torch.cat(found)).to(device) for found in zip(*parts, strict=True)]
+        found = features_of(extractors, images.table, rows, batch=batch, world=world)
+        return [finite(features_MD).to(device) for features_MD in found]
 
-    on_val = features_of(val)
+    on_val = features_on(val)
     classifiers: list[Classifiers] = []
     total = asked.epochs * len(train.rows_N)
     with progress("linear", total) if world.is_main else nullcontext(lambda more, note="": None) as advance:
@@ -130,7 +130,7 @@ def judge_linear(
             advance(0, note_of(curves))
     return {
         kind: conclude(kind, asked.lrs_at_256, curves[kind][-1], trained_S, features_MD, test.labels_N)
-        for kind, trained_S, features_MD in zip(KINDS, classifiers, features_of(test), strict=True)
+        for kind, trained_S, features_MD in zip(KINDS, classifiers, features_on(test), strict=True)
     }
 
 

@@ -3,25 +3,25 @@
 Without labels each snapshot has label-free scores only. The test split is not read.
 """
 
-import csv
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dino.checkpoint import load_backbone, load_tensors, save_tensors
 from dino.distributed import World
 from dino.draws import epoch_order
-from dino.features import backbone_features, feature_batches
+from dino.features import backbone_features, features_of
 from dino.files import whole_file
 from dino.images import ImageTable
 from dino.intervals import wilson_interval
 from dino.knn import knn_predict
 from dino.snapshots import snapshots_in
-from dino.vital_signs import rank_me
+from dino.vital_signs import signs_of_features
 from pipelines import paths, tracking
 from pipelines.labelled import Labels
 from pipelines.params import Params, Select
@@ -129,7 +129,8 @@ def seen_images(split: str, labels: Labels, most: int, seed: int, *, labelled: b
 
 def judge(params: Params, files: dict[int, Any], bank: Seen, val: Seen, world: World) -> Iterator[Scores]:
     """Scores of each snapshot, in order; on other ranks than the main one nothing, but they share the work."""
-    epochs, total = [*files], len(files) * (len(bank.rows) + len(val.rows))
+    epochs = [*files]
+    total = math.ceil(len(epochs) / TOGETHER) * (len(bank.rows) + len(val.rows))  # decoded once for so many
     with progress("select:", total) if world.is_main else nullcontext(lambda more, note="": None) as advance:
         for first in range(0, len(epochs), TOGETHER):
             together = epochs[first : first + TOGETHER]
@@ -145,19 +146,18 @@ def judge(params: Params, files: dict[int, Any], bank: Seen, val: Seen, world: W
                 for network, facts in networks
             ]
 
-            def features(seen: Seen, extractors: Sequence[Any] = extractors) -> list[Tensor]:
-                """Float32 [N, D] by each network."""
-                parts: list[list[Tensor]] = [[] for _ in extractors]
-                batch = params.runtime.embed.batch
-                for found in feature_batches(extractors, seen.table, seen.rows, batch=batch, world=world):
-                    for part, features_BD in zip(parts, found, strict=True):
-                        part.append(features_BD)
-                    advance(len(extractors) * len(found[0]))
-                return [torch.cat(part) if part else torch.empty(0) for part in parts]
-
-            for epoch, (_, facts), bank_ND, val_MD in zip(
-                together, networks, features(bank), features(val), strict=True
-            ):
+            of_bank, of_val = (
+                features_of(
+                    extractors,
+                    seen.table,
+                    seen.rows,
+                    batch=params.runtime.embed.batch,
+                    world=world,
+                    advance=advance,
+                )
+                for seen in (bank, val)
+            )
+            for epoch, (_, facts), bank_ND, val_MD in zip(together, networks, of_bank, of_val, strict=True):
                 if world.is_main:
                     yield {
                         "epoch": epoch,
@@ -171,11 +171,7 @@ def judge(params: Params, files: dict[int, Any], bank: Seen, val: Seen, world: W
 
 def label_free(features_ND: Tensor) -> dict[str, float]:
     """What features tell without labels: directions in use (RankMe) and spread on the unit sphere."""
-    normalised = F.normalize(features_ND)
-    return {
-        "rank_me": float(rank_me(normalised - normalised.mean(0))),
-        "feature_std": float(normalised.std(0, correction=0).mean()),
-    }
+    return {name: float(value) for name, value in signs_of_features(features_ND).items()}
 
 
 def knn_scores(
@@ -192,10 +188,8 @@ def knn_scores(
 
 def write_curves(scores: Sequence[Scores]) -> None:
     """Scores against the step, as DVC's plots read them; without labels the columns of k-NN are empty."""
-    with whole_file(paths.SELECT_CURVES) as aside, aside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(scores)
+    with whole_file(paths.SELECT_CURVES) as aside:
+        pd.DataFrame(scores, columns=COLUMNS).to_csv(aside, index=False, lineterminator="\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
