@@ -8,7 +8,7 @@ from collections.abc import Hashable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from reprlib import repr as short_repr
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -148,6 +148,15 @@ class Tracking(Section):
     uri: str | None
 
 
+class Promote(Section):
+    """When a checkpoint becomes the champion of MLflow's model registry."""
+
+    enabled: bool
+    model: Annotated[str, Field(pattern=r"^[^/:.%\"']+$")]  # what MLflow takes as a name
+    score: Literal["knn", "probe", "linear"]
+    margin: Share
+
+
 class RuntimePretrain(Section):
     """How pretraining runs."""
 
@@ -172,6 +181,7 @@ class Runtime(Section):
 
     wait_for_lock_minutes: Annotated[float, Field(ge=0)]
     tracking: Tracking
+    promote: Promote
     pretrain: RuntimePretrain
     embed: RuntimeEmbed
 

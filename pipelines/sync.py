@@ -4,9 +4,13 @@ For whoever pulled results (`dvc pull`), restored them from the cache, or traine
 """
 
 import sys
+from typing import TYPE_CHECKING
 
 from pipelines import paths, row, workspace
 from pipelines.tracking import open_store, tracking_uri, without_secrets
+
+if TYPE_CHECKING:  # mlflow costs two seconds
+    from pipelines.mlflow_store import Row, Store
 
 
 def sync(params: object) -> str:
@@ -18,9 +22,15 @@ def sync(params: object) -> str:
     found = workspace.gather(row.plain(params))
     for why in found.left_out:
         print(why, file=sys.stderr)
+    target, new = written(open_store(params), found)
+    uri = without_secrets(tracking_uri(row.plain(params)["runtime"]["tracking"]["uri"]))
+    return f"Row {target.name!r} {'written' if new else 'completed'} in {uri}; `make ui` shows it."
+
+
+def written(store: "Store", found: workspace.Workspace) -> "tuple[Row, bool]":
+    """The row of what was found, made or completed; and whether it is new."""
     from pipelines.mlflow_store import add_evaluation
 
-    store = open_store(params)
     known = store.find(found.content.key)
     target = known or store.row(found.content.key, found.content.name)
     if known is None:
@@ -31,9 +41,7 @@ def sync(params: object) -> str:
         add_evaluation(store, target, found.content.key, found.evaluation)
     if paths.PRETRAIN_METRICS.is_file():  # the training ended, whoever was not told
         target.end("FINISHED")
-    done = "completed" if known else "written"
-    uri = without_secrets(tracking_uri(row.plain(params)["runtime"]["tracking"]["uri"]))
-    return f"Row {target.name!r} {done} in {uri}; `make ui` shows it."
+    return target, known is None
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ ALLOWED_IN_DINO = {"torch", "torchvision", "numpy", "pyarrow", "safetensors"}
 # Imported where they are used, inside functions. PIL comes with torchvision.
 EXTRAS_OF_DINO = {"onnx", "onnxruntime", "timm", "PIL"}
 HOMES = {
-    "mlflow": {"pipelines/mlflow_store.py"},
+    "mlflow": {"pipelines/mlflow_store.py", "pipelines/registry.py"},
     "prefect": {"pipelines/flow.py", "pipelines/serve.py"},
     "dvc": {"pipelines/graph.py"},
     "pydantic": {"pipelines/params.py"},
@@ -49,7 +49,7 @@ PLUMBING = {"dino/__init__.py"} | {
         *("tracking", "mlflow_store", "row", "view", "workspace", "sync", "ui", "table"),
         *("stages/__init__", "ending", "lock", "save_clock", "states", "scratch", "differences", "seconds"),
         *("graph", "warden", "flow", "recipe", "serve", "local_server", "summary"),
-        *("verify", "sweep", "trace", "promote"),
+        *("verify", "sweep", "trace", "promote", "registry"),
     )
 }
 
