@@ -23,8 +23,9 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Completed, Failed
 
 from pipelines import paths, summary
-from pipelines.graph import Outcome, StageResult, StageRunner, rerun_command, stage_graph, stages_for
+from pipelines.graph import stage_graph, stages_for
 from pipelines.local_server import local_server
+from pipelines.runner import Outcome, StageResult, StageRunner, rerun_command
 
 DESCRIPTION = "Bring the pipeline's stages up to date, in the order of DVC's graph"
 

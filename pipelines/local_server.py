@@ -16,7 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines import graph
+from pipelines import runner
 
 START_SECONDS = 300.0  # a first start makes the database: 10 s idle, a minute and more where all cores are busy
 GRACE_SECONDS = 5.0
@@ -40,12 +40,12 @@ def local_server(log: Path) -> Iterator[str]:
     command = [sys.executable, "-P", "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     env = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
     with log.open("wb") as words:
-        server = graph.start_warded(command, grace_seconds=GRACE_SECONDS, env=env, stdout=words.fileno())
+        server = runner.start_warded(command, grace_seconds=GRACE_SECONDS, env=env, stdout=words.fileno())
     try:
         _wait_for(address, server, log)
         yield address
     finally:
-        graph.close(server)
+        runner.close(server)
         server.wait()
 
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines import params, paths
-from pipelines.graph import child_environment
+from pipelines.runner import child_environment
 from pipelines.stage import run_command
 
 FOLDER = Path("recipes")

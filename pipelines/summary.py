@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping
 
 from pipelines import paths, scores
-from pipelines.graph import Graph, Outcome, StageResult, rerun_command
+from pipelines.graph import Graph
+from pipelines.runner import Outcome, StageResult, rerun_command
 
 Results = Mapping[str, StageResult]
 

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from pipelines import ending, paths
 from pipelines.differences import difference
-from pipelines.graph import Outcome, StageRunner, stage_graph, stages_for
+from pipelines.graph import stage_graph, stages_for
+from pipelines.runner import Outcome, StageRunner
 from pipelines.scratch import copy_repository
 from pipelines.seconds import read_seconds
 from pipelines.workspace import Lock

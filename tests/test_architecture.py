@@ -48,7 +48,7 @@ PLUMBING = {"dino/__init__.py"} | {
         ),
         *("tracking", "mlflow_store", "row", "view", "workspace", "sync", "ui", "table"),
         *("stages/__init__", "ending", "lock", "save_clock", "states", "scratch", "differences", "seconds"),
-        *("graph", "warden", "flow", "recipe", "serve", "local_server", "summary"),
+        *("graph", "runner", "warden", "flow", "recipe", "serve", "local_server", "summary"),
         *("verify", "sweep", "trace", "promote", "registry"),
     )
 }

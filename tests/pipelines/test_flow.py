@@ -17,8 +17,8 @@ from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from toy import MEET, PROJECT, TRAIN, lives, pid_in, repository, wait_until
 
 from pipelines.flow import main
-from pipelines.graph import Outcome, StageResult
 from pipelines.local_server import local_server
+from pipelines.runner import Outcome, StageResult
 from pipelines.summary import last_words, markdown
 
 # DVC's own use of pygtrie

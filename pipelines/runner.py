@@ -1,0 +1,215 @@
+"""One stage as a subprocess that cannot outlive us.
+
+A stage runs as `dvc --wait-for-lock repro -s STAGE`: `-s` lets siblings run at once, the wait keeps a finished
+command from being lost because a sibling held the lock for a moment.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Self
+
+from pipelines import warden
+
+LAST_LINES = 20
+
+
+class Outcome(StrEnum):
+    """What DVC did with a stage."""
+
+    RAN = "ran"
+    UNCHANGED = "unchanged"
+    RESTORED = "restored from cache"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """How one stage went: `last_lines` of its output, wall-clock `seconds`."""
+
+    stage: str
+    outcome: Outcome
+    exit_code: int
+    seconds: float
+    last_lines: tuple[str, ...]
+
+
+def rerun_command(stage: str) -> str:
+    """The command a person types to run `stage` again, with what it needs."""
+    ours = Path(sys.executable).parent
+    dvc = shutil.which("dvc")
+    if dvc and Path(dvc).parent == ours:
+        return shlex.join(["dvc", "repro", stage])
+    python = Path(sys.executable)  # no activated environment: then dvc.yaml's `python` is not found either
+    with suppress(ValueError):
+        python = python.relative_to(Path.cwd())
+    return shlex.join([str(python), "-m", "pipelines.flow", stage])
+
+
+def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Our environment with this interpreter's folder first on PATH, and Python's output unbuffered."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **(extra or {})}
+
+
+def start_warded(
+    command: list[str], *, grace_seconds: float, env: Mapping[str, str], stdout: int
+) -> subprocess.Popen[str]:
+    """Start `command` under a warden: it ends, and all it started, when `stdin` is closed or we die."""
+    script = [sys.executable, "-I", "-S", warden.__file__, str(grace_seconds)]
+    return subprocess.Popen(
+        script + command,
+        stdin=subprocess.PIPE,
+        stdout=stdout,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        env=env,
+        start_new_session=True,  # Ctrl-C in the terminal reaches us, and we end the stage in order
+    )
+
+
+# What DVC says around a stage's own output, and nobody needs when the stage's name and outcome are shown.
+CHATTER = (
+    "Running stage '",
+    "Updating lock file '",
+    "Generating lock file '",
+    "To track the changes with git, run:",
+    "To enable auto staging, run:",
+    "\tgit add ",
+    "\tdvc config core.autostage",
+    "Use `dvc push` to send your updates to remote storage.",
+    "Data and pipelines are up to date.",
+)
+
+
+class Verdict:
+    """Reads from DVC's own words what it did with a stage."""
+
+    def __init__(self, stage: str):
+        self.outcome: Outcome | None = None
+        self.words = {
+            f"Running stage '{stage}':": Outcome.RAN,
+            f"Stage '{stage}' didn't change, skipping": Outcome.UNCHANGED,
+            f"'{stage}' didn't change, skipping": Outcome.UNCHANGED,
+            f"Stage '{stage}' is cached - skipping run, checking out outputs": Outcome.RESTORED,
+        }
+
+    def hears(self, line: str) -> bool:
+        """Take note of a line of output; whether it is DVC's and need not be shown."""
+        if self.outcome is None and line in self.words:
+            self.outcome = self.words[line]
+            return True
+        return line.startswith(CHATTER)
+
+
+def tell(process: subprocess.Popen[str], word: bytes) -> None:
+    """Say a word to a warden; nothing if it has ended."""
+    assert process.stdin is not None
+    with suppress(BrokenPipeError, ValueError):  # ValueError: the pipe is closed already
+        os.write(process.stdin.fileno(), word)
+
+
+def close(process: subprocess.Popen[str]) -> None:
+    """Close our ends of an ended process's pipes."""
+    for pipe in (process.stdin, process.stdout):
+        if pipe:
+            pipe.close()
+
+
+class StageRunner:
+    """Runs stages of the current directory's repository, several at once from threads; leaving it ends them all.
+
+    Args:
+        grace_seconds: between TERM, on which a trainer saves, and KILL.
+        force: run also what DVC holds to be unchanged.
+        env: added to the stages' environment.
+    """
+
+    def __init__(
+        self,
+        *,
+        grace_seconds: float = 60.0,
+        force: bool = False,
+        env: Mapping[str, str] | None = None,
+    ):
+        self.grace_seconds = grace_seconds
+        self.command = [sys.executable, "-P", "-m", "dvc", "--wait-for-lock", "repro", "-s"]
+        self.command += ["--force"] if force else []
+        self.env = child_environment(env)
+        self.ending = False
+        self.running: dict[str, subprocess.Popen[str]] = {}
+        self.lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.end()
+
+    def run(self, stage: str, on_line: Callable[[str], None]) -> StageResult:
+        """Run one stage to its end; each line of its output goes to `on_line` as it comes."""
+        began = time.monotonic()
+        with self.lock:
+            if self.ending:
+                return StageResult(stage, Outcome.CANCELLED, 1, 0.0, ())
+            process = start_warded(
+                [*self.command, stage],
+                grace_seconds=self.grace_seconds,
+                env=self.env,
+                stdout=subprocess.PIPE,
+            )
+            self.running[stage] = process
+        assert process.stdout is not None
+        verdict = Verdict(stage)
+        last_lines: deque[str] = deque(maxlen=LAST_LINES)
+        try:
+            for line in process.stdout:
+                if (text := line.rstrip()) and not verdict.hears(text):
+                    last_lines.append(text)
+                    on_line(text)
+        except BaseException:
+            tell(process, warden.END)
+            process.stdout.read()  # a trainer that saves may still print
+            raise
+        finally:
+            code = process.wait()
+            with self.lock:
+                del self.running[stage]
+                close(process)
+        outcome = verdict.outcome or Outcome.RAN
+        if code:
+            outcome = Outcome.CANCELLED if self.ending else Outcome.FAILED
+        return StageResult(stage, outcome, code, time.monotonic() - began, tuple(last_lines))
+
+    def end(self) -> None:
+        """End what runs, and start nothing any more; returns when nothing is left.
+
+        Each stage has the grace period to save. A KeyboardInterrupt meanwhile (a second Ctrl-C) ends it at once.
+        """
+        with self.lock:
+            self.ending = True
+            processes = list(self.running.values())
+        try:
+            self._end(processes, warden.END)
+        except KeyboardInterrupt:
+            self._end(processes, warden.HURRY)
+            raise
+
+    def _end(self, processes: list[subprocess.Popen[str]], word: bytes) -> None:
+        with self.lock:
+            for process in processes:
+                tell(process, word)
+        for process in processes:
+            process.wait()
