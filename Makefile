@@ -27,7 +27,7 @@ test: $(STAMP) ## ruff, types, tests, and the whole pipeline on a tiny data set
 	ruff check .
 	ruff format --check .
 	mypy
-	OMP_NUM_THREADS=1 pytest -n 2 --dist loadscope
+	OMP_NUM_THREADS=1 pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 acceptance: $(STAMP) ## the long checks: kills, services, browsers
 	pytest -m acceptance

@@ -30,6 +30,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from pipelines import params, paths
 from pipelines.scratch import copy_repository
 from pipelines.workspace import Lock
 
@@ -43,7 +44,7 @@ KEY_LINE = re.compile(r"pretrain: .* ([\d,]+) steps of \d+ .*, key (\w+)(?:; res
 PROGRESS_LINE = re.compile(r"pretrain: ([\d,]+) of [\d,]+ images")
 
 
-def settings(epochs: int) -> dict[str, dict[str, Any]]:
+def settings(epochs: int, save_steps: int | None) -> dict[str, dict[str, Any]]:
     """A network of many prototypes: quick steps, but a state of 10 MB, whose writing takes a moment to hit."""
     return {
         "data": {"folder": "data/raw/digits"},
@@ -67,7 +68,7 @@ def settings(epochs: int) -> dict[str, dict[str, Any]]:
         "embed": {"resize_px": 8, "crop_px": 8, "pixels_px": 8},
         "runtime": {
             "tracking": {"enabled": False},
-            "pretrain": {"save_minutes": None, "save_steps": SAVE_STEPS},
+            "pretrain": {"save_minutes": None if save_steps else 60.0, "save_steps": save_steps},
         },
     }
 
@@ -216,15 +217,17 @@ def plan(kills: int, rng: random.Random) -> list[str]:
 def measure(kills: int, seed: int, folder: Path) -> dict[str, Any]:
     """Train once in quiet and once with kills; what was found."""
     rng = random.Random(seed)
-    quiet = folder / "quiet"
-    copy_repository(quiet, settings(epochs=3 + 2 * kills))
+    quiet, killed = folder / "quiet", folder / "killed"
+    epochs = 3 + kills  # a run that is killed gets on by less than an epoch
+    copy_repository(quiet, settings(epochs, save_steps=None))
     must(Run(quiet, "prepare"))
-    shutil.copytree(quiet, folder / "killed", symlinks=True)
+    shutil.copytree(quiet, killed, symlinks=True)
+    params.rewrite(killed / paths.PARAMS, settings(epochs, SAVE_STEPS))
     began = time.monotonic()
     total_steps = must(Run(quiet))
     print(f"quiet run: {total_steps:,} steps in {time.monotonic() - began:.0f} s, with DVC", flush=True)
-    victim = Victim(folder / "killed", total_steps)
-    steps_per_epoch = total_steps // (3 + 2 * kills)
+    victim = Victim(killed, total_steps)
+    steps_per_epoch = total_steps // epochs
     began = time.monotonic()
     saved_before = 0
     redone: list[int] = []

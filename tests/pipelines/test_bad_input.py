@@ -196,7 +196,7 @@ def test_features_and_labels_that_do_not_fit_are_told(
 
 # Fuzz
 
-fuzz = settings(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), max_examples=12)
+fuzz = settings(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 DOORS = [(stage, file) for stage, files in READS.items() for file in files]
 CHEAP = [(stage, file) for stage, file in DOORS if stage != "report"]  # which takes a second and more
 damages = st.one_of(
@@ -271,7 +271,7 @@ changes = {
 
 @given(**changes)
 @example(file="metrics/pretrain.json", steps=[26], value=None, drop=False)  # images_seen: null, which broke the page
-@fuzz
+@settings(fuzz, max_examples=4)
 def test_metrics_of_any_content(file: str, steps: list[int], value: Any, drop: bool, run: Callable[..., str]) -> None:
     run("report", file, lambda path: edited(path, steps, value, drop))
 
