@@ -53,6 +53,7 @@ KEY_TAG = "dino.key"
 CHILD_OF_TAG = "dino.child_of"
 EVALUATION_TAG = "dino.evaluation"
 MODEL_TAG = "dino.model_id"
+EXTERNAL_TAG = "mlflow.model.isExternal"  # MLflow's: a record without anything to load
 CURVES_TAG = "dino.curves_md5"
 NOTE_TAG = "mlflow.note.content"
 METRICS_A_BATCH, PARAMS_A_BATCH, TAGS_A_BATCH = 1000, 100, 100
@@ -118,7 +119,7 @@ class _Alone:
                 time.sleep(0.05)
 
 
-_alone = _Alone()
+alone = _Alone()
 
 
 def _now_ms() -> int:
@@ -135,7 +136,7 @@ class Store:
             ValueError: the experiment was deleted.
         """
         self.uri = uri
-        with _alone:
+        with alone:
             self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             found = self.client.get_experiment_by_name(experiment)
             if found is None:
@@ -158,12 +159,12 @@ class Store:
 
     def row(self, key: str, name: str) -> "Row":
         """THE row of a pretraining key, made if there is none."""
-        with _alone:
+        with alone:
             return self.find(key) or self._new(name, {KEY_TAG: key})
 
     def child(self, parent: "Row", key: str, evaluation: EvaluationContent, name: str) -> "Row":
         """The row below `parent` of one other set of evaluation settings, made if there is none."""
-        with _alone:
+        with alone:
             found = self._first(f"tags.`{CHILD_OF_TAG}` = '{key}' and tags.`{EVALUATION_TAG}` = '{evaluation.digest}'")
             return found or self._new(
                 name,
@@ -357,7 +358,7 @@ class Row:
         """A record of the teacher by DVC's md5, without weights; once a row."""
         if MODEL_TAG in self.tags:
             return
-        with _alone:
+        with alone:
             self._read(self.client.get_run(self.run_id))  # a sibling may have been faster
             if MODEL_TAG in self.tags:
                 return
@@ -365,7 +366,7 @@ class Row:
                 self.store.experiment_id,
                 name=_model_name(name),
                 source_run_id=self.run_id,
-                tags={"mlflow.model.isExternal": "true", f"dvc.{paths.TEACHER}": md5},
+                tags={EXTERNAL_TAG: "true", f"dvc.{paths.TEACHER}": md5},
                 params={k: v for k, v in self.params.items() if k.startswith("pretrain.")},
                 model_type="dino-backbone",
             )
@@ -375,7 +376,7 @@ class Row:
 
     def complete(self, content: RowContent) -> None:
         """Everything that `content` knows and the row does not say yet."""
-        with _alone:  # k-NN and probe may both find that the row lacks its curves
+        with alone:  # k-NN and probe may both find that the row lacks its curves
             self.add_params(content.params)
             self.add_tags(content.tags)
             self.add_data(content.data)
@@ -391,14 +392,14 @@ class Row:
 
     def tell(self) -> None:
         """Write the row's description anew from what it says by now."""
-        with _alone:  # k-NN and probe end at the same time: whoever comes second has read both
+        with alone:  # k-NN and probe end at the same time: whoever comes second has read both
             self._read(self.client.get_run(self.run_id))
             self.add_tags({NOTE_TAG: describe(self.params, self.metrics, self.tags)})
 
 
 def add_evaluation(store: Store, row: Row, key: str, evaluation: EvaluationContent) -> Row:
     """Write an evaluation into its row: the training's own for the first settings, a child for any others."""
-    with _alone:
+    with alone:
         row._read(store.client.get_run(row.run_id))
         if EVALUATION_TAG not in row.tags:
             row.add_tags({EVALUATION_TAG: evaluation.digest})

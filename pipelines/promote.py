@@ -1,21 +1,26 @@
-"""`python -m pipelines.promote`: register the checkpoint that lies here, and make it champion if it is better.
+"""`python -m pipelines.promote [--list | --rollback]`: register the checkpoint here; make it champion if it is better.
 
 Better is decided on val: ahead of the champion by `runtime.promote.margin`, and the champion's score outside the
-candidate's 95 % interval. Test has no say. A training that collapsed or diverged is never promoted.
+candidate's 95 % interval. Test has no say. A training that collapsed or diverged is never promoted, nor is a
+checkpoint that was rolled back.
 """
 
 import argparse
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipelines import row, scores, sync, workspace
+from pipelines import row, sync, workspace
 from pipelines.scores import percent
 from pipelines.tracking import open_store, without_secrets
+from pipelines.version import EVALUATION_TAG, HEALTH_TAG, JUDGED_ON, ROLLED_BACK_TAG, TITLES, Version
+from pipelines.version_table import show
+
+if TYPE_CHECKING:  # mlflow costs two seconds
+    from pipelines.registry import Registry
 
 FIT = ("healthy", "warming up")  # what the doctor calls a training that did not go wrong
-TITLES = {path.stem: name for name, path in scores.EVALUATIONS.items()}  # {"knn": "k-NN", ...}
 
 
 @dataclass(frozen=True)
@@ -56,70 +61,76 @@ def consider(params: Any) -> Decision:
     if found.evaluation is None:
         why = "; ".join(found.left_out) or "no evaluation lies beside it; `dvc repro` makes them"
         return Decision(False, f"Nothing promoted: the checkpoint is not evaluated ({why}).")
-    from pipelines.registry import Registry
+    from pipelines.mlflow_store import alone
 
-    store = open_store(params)
-    target, _ = sync.written(store, found)
-    numbers = {name: value for name, value in found.evaluation.summaries.items() if is_score(name)}
-    registry = Registry(store.client, rule["model"])
-    version = registry.register(target, {name: repr(value) for name, value in numbers.items()} | words_of(found))
+    registry = open_registry(params)
+    target, _ = sync.written(open_store(params), found)
+    version = registry.register(target, found)
+    with alone:  # whoever else considers now waits, and meets the new champion
+        return _decide(registry, version, score=rule["score"], margin=rule["margin"])
+
+
+def _decide(registry: "Registry", version: Version, *, score: str, margin: float) -> Decision:
     champion = registry.champion()
     if champion and champion.number == version.number:
-        return Decision(False, f"Version {version.number} is the champion already.", version.number, numbers, numbers)
+        same = version.scores
+        return Decision(False, f"Version {version.number} is the champion already.", version.number, same, same)
     before = champion.scores if champion else None
-    state = version.tags.get("health", "")
-    better, why = judge(numbers, before, state=state, score=rule["score"], margin=rule["margin"])
+    better, why = judge(version, champion, score=score, margin=margin)
     if better:
-        words = f"Version {version.number} of {rule['model']} is champion now: {why}."
         registry.crown(version, why)
+        words = f"Version {version.number} of {registry.model} is champion now: {why}."
     else:
         kept = f"version {champion.number} stays champion" if champion else "there is no champion yet"
-        words = f"Version {version.number} of {rule['model']} is not promoted, {kept}: {why}."
-    return Decision(better, words, version.number, before, numbers)
+        words = f"Version {version.number} of {registry.model} is not promoted, {kept}: {why}."
+    return Decision(better, words, version.number, before, version.scores)
 
 
-def is_score(name: str) -> bool:
-    """Whether a number of a row is a score of the trained backbone, or an end of its interval."""
-    stage, _, rest = name.partition("/")
-    return stage in TITLES and rest.startswith(("val_top1", "test_top1"))
+def open_registry(params: Any) -> "Registry":
+    """The registry that `params.runtime` names; imports mlflow."""
+    from pipelines.registry import Registry
+
+    return Registry(open_store(params).client, row.plain(params)["runtime"]["promote"]["model"])
 
 
-def words_of(found: workspace.Workspace) -> dict[str, str]:
-    """What a version says besides its scores."""
-    tags = {name: found.content.tags[name] for name in ("health", "dino.data_md5") if name in found.content.tags}
-    assert found.evaluation
-    return tags | {"dino.key": found.content.key, "dino.evaluation": found.evaluation.digest}
-
-
-def judge(
-    candidate: Mapping[str, float], champion: Mapping[str, float] | None, *, state: str, score: str, margin: float
-) -> tuple[bool, str]:
+def judge(candidate: Version, champion: Version | None, *, score: str, margin: float) -> tuple[bool, str]:
     """Whether a candidate takes the champion's place, and why, as half a sentence.
 
     Args:
-        candidate, champion: scores by their names in MLflow; no champion: None.
-        state: what the doctor calls the candidate's training.
+        candidate, champion: registered checkpoints; champion None: there is none.
         score: knn, probe or linear.
         margin: share of 1 that it must be ahead.
     """
-    title, name = f"{TITLES[score]} on val", f"{score}/val_top1"
+    title = f"{TITLES[score]} on val"
+    state = candidate.tags.get(HEALTH_TAG, "no health state")
     if state not in FIT:
-        return False, f"its training went wrong ({state or 'no health state'}; docs/health.md has the cures)"
-    if name not in candidate:
-        return False, f"it has no {title} (runtime.promote.score), without labels there is none"
-    share, low, high = (candidate[f"{name}{end}"] for end in ("", "_low", "_high"))
-    told = f"{title} {percent(share)} % ({percent(low)}-{percent(high)})"
+        return False, f"its training went wrong ({state}; docs/health.md has the cures)"
+    if when := candidate.tags.get(ROLLED_BACK_TAG):
+        return False, f"it was rolled back at {when}"
+    new = candidate.top1(score, "val")
+    if new is None:
+        return False, f"it has no {title} (runtime.promote.score); without labels there is none"
     if champion is None:
-        return True, f"{told}, the first, with nothing to be compared with"
-    if name not in champion:
-        return False, f"the champion has no {title} to compare with; set the alias by hand, or runtime.promote.score"
-    old = champion[name]
-    against = f"{told} against {percent(old)} %"
-    if share - old < margin:
-        return False, f"{against}; it must be ahead by {100 * margin:g} points (runtime.promote.margin)"
-    if low <= old:
-        return False, f"{against}; it is ahead, but its 95 % interval does not exclude the old score: it may be luck"
-    return True, f"{against}, ahead by {percent(share - old)} points and beyond the 95 % interval"
+        return True, f"{title} {new}, the first, with nothing to be compared with"
+    old = champion.top1(score, "val")
+    if old is None:
+        return False, f"the champion has no {title} to be compared with; choose another runtime.promote.score"
+    told = f"{title} {new} against {percent(old.share)}{unlike(candidate, champion)}"
+    if new.share - old.share < margin:
+        return False, f"{told}; it must be ahead by {100 * margin:g} points (runtime.promote.margin)"
+    if new.low <= old.share:
+        return False, f"{told}; it is ahead, but its 95 % interval does not exclude the old score: it may be luck"
+    return True, f"{told}, ahead by {percent(new.share - old.share)} points and beyond the 95 % interval"
+
+
+def unlike(candidate: Version, champion: Version) -> str:
+    """What a reader should know of a comparison that is not quite one."""
+    notes = []
+    if any(champion.tags.get(name) != candidate.tags.get(name) for name in JUDGED_ON):
+        notes.append("on other images or labels")
+    if champion.tags.get(EVALUATION_TAG) != candidate.tags.get(EVALUATION_TAG):
+        notes.append("with other settings of evaluation")
+    return f" (the champion's, {' and '.join(notes)})" if notes else ""
 
 
 def main() -> int:
@@ -127,9 +138,23 @@ def main() -> int:
     from pipelines.params import load
 
     parser = argparse.ArgumentParser(prog="python -m pipelines.promote", description=__doc__)
-    parser.parse_args()
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--list", action="store_true", help="all registered checkpoints, and which were champion")
+    action.add_argument("--rollback", action="store_true", help="make the champion before this one champion again")
+    chosen = parser.parse_args()
     try:
-        print(consider(load()).words)
+        params = load()
+        if chosen.list:
+            registry = open_registry(params)
+            if versions := registry.versions():
+                show(versions, registry.champion(), params.runtime.promote.score)
+            else:
+                print(f"No checkpoint is registered as {registry.model}; `python -m pipelines.promote` does it.")
+        elif chosen.rollback:
+            was, now = open_registry(params).roll_back()
+            print(f"Version {now.number} is champion again, version {was.number} is not promoted any more.")
+        else:
+            print(consider(params).words)
     except Exception as error:  # mlflow's errors, the network's, ours: the user needs the line, not the trace
         print(f"promote: {without_secrets(str(error).strip().splitlines()[0])}", file=sys.stderr)
         return 1

@@ -1,54 +1,52 @@
 """MLflow's model registry: versions of one registered model, and which of them is `champion`.
 
-One version a checkpoint, told apart by DVC's md5 of the teacher. What a version scored, when it was champion, after
-whom and why stands in its tags.
+One version a checkpoint, told apart by DVC's md5 of the teacher; it holds code (pipelines/served.py) and no weights.
+What a version scored, when it was champion, after whom and why stands in its tags.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import warnings
 from datetime import UTC, datetime
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from mlflow import MlflowClient
+from mlflow import MlflowClient, pyfunc
+from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.models import Model
 
-from pipelines import paths
-from pipelines.mlflow_store import MODEL_TAG, Row
+from pipelines import paths, workspace
+from pipelines.mlflow_store import EXTERNAL_TAG, MODEL_TAG, Row, alone
+from pipelines.version import BEFORE_TAG, MD5_TAG, ROLLED_BACK_TAG, SINCE_TAG, UNTIL_TAG, WHY_TAG, Version, tags_of
 
+CODE = Path(__file__).with_name("served.py")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "pandas",
+    "pillow",
+    "pyarrow",
+    "safetensors",
+    "dvc",
+    "mlflow",
+)  # it imports
 CHAMPION = "champion"
-MD5_TAG = f"dvc.{paths.TEACHER}"
-SINCE_TAG, UNTIL_TAG = "champion.since", "champion.until"  # of the latest time that it was
-BEFORE_TAG, WHY_TAG = "champion.before", "champion.why"  # the champion's number that it followed; the deciding words
-ROLLED_BACK_TAG = "champion.rolled_back"  # when; such a version is not promoted again
+DESCRIPTION = (
+    "Features of images by DINO backbones. `champion` is the best on val, moved by `python -m pipelines.promote`. Code "
+    "only: the weights come by DVC's md5. `mlflow.pyfunc.load_model('models:/NAME@champion').predict(images)`"
+)
 
 
-@dataclass(frozen=True)
-class Version:
-    """A registered checkpoint.
-
-    Attributes:
-        number: MLflow's, counted from 1.
-        tags: Words, and scores as text.
-        registered: When, UTC.
-    """
-
-    number: str
-    tags: Mapping[str, str]
-    registered: datetime
-
-    @property
-    def scores(self) -> dict[str, float]:
-        """Its numbers by their names in MLflow (`knn/val_top1`)."""
-        return {name: float(text) for name, text in self.tags.items() if "/" in name and not name.startswith("dvc.")}
-
-    @staticmethod
-    def of(found: ModelVersion) -> "Version":
-        """From MLflow's own."""
-        registered = datetime.fromtimestamp(found.creation_timestamp / 1000, UTC)
-        return Version(str(found.version), dict(found.tags), registered)
+def version_of(found: ModelVersion) -> Version:
+    """From MLflow's own."""
+    registered = datetime.fromtimestamp(found.creation_timestamp / 1000, UTC)
+    return Version(str(found.version), found.description or "", dict(found.tags), registered)
 
 
-def now() -> str:
+def moment() -> str:
     """This moment as tags tell it."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -63,49 +61,110 @@ class Registry:
     def versions(self) -> list[Version]:
         """All of them, the newest first."""
         found = self.client.search_model_versions(f"name = '{self.model}'", order_by=["version_number DESC"])
-        return [Version.of(one) for one in found]
+        return [version_of(one) for one in found]
 
     def champion(self) -> Version | None:
         """The version that the alias names."""
         try:
-            return Version.of(self.client.get_model_version_by_alias(self.model, CHAMPION))
+            return version_of(self.client.get_model_version_by_alias(self.model, CHAMPION))
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no model; no alias
                 return None
             raise
 
-    def register(self, row: Row, tags: Mapping[str, str]) -> Version:
-        """The version of the row's checkpoint, made if there is none, with these tags."""
-        md5 = row.tags[MD5_TAG]
-        question = f"name = '{self.model}' and tags.`{MD5_TAG}` = '{md5}'"
-        found = self.client.search_model_versions(question)
-        version = Version.of(found[0]) if found else self._new(row)
-        for name, text in {MD5_TAG: md5, **tags}.items():
-            if version.tags.get(name) != text:
-                self._tag(version.number, name, text)
-        return Version.of(self.client.get_model_version(self.model, version.number))
+    def register(self, row: Row, found: workspace.Workspace) -> Version:
+        """The version of an evaluated checkpoint, made if there is none, with the scores of its latest evaluation."""
+        md5, tags = row.tags[MD5_TAG], tags_of(found)
+        with alone:
+            known = self.client.search_model_versions(f"name = '{self.model}' and tags.`{MD5_TAG}` = '{md5}'")
+            version = version_of(known[0]) if known else self._new(row, md5)
+            for name, text in tags.items():
+                if version.tags.get(name) != text:
+                    self._tag(version.number, name, text)
+        return version_of(self.client.get_model_version(self.model, version.number))
 
     def crown(self, version: Version, why: str) -> None:
         """Make it the champion; it remembers the one before."""
-        before = self.champion()
-        for name, text in ((SINCE_TAG, now()), (BEFORE_TAG, before.number if before else ""), (WHY_TAG, why)):
-            self._tag(version.number, name, text)
-        self.client.set_registered_model_alias(self.model, CHAMPION, version.number)
-        if before:
-            self._tag(before.number, UNTIL_TAG, now())
+        with alone:
+            before = self.champion()
+            for name, text in ((BEFORE_TAG, before.number if before else ""), (WHY_TAG, why)):
+                self._tag(version.number, name, text)
+            self._move(before, version)
 
-    def _new(self, row: Row) -> Version:
+    def roll_back(self) -> tuple[Version, Version]:
+        """Make the champion before this one champion again.
+
+        Returns:
+            The one that was, and the one that is now.
+
+        Raises:
+            ValueError: there is none before it.
+        """
+        with alone:
+            now = self.champion()
+            if now is None:
+                raise ValueError(f"{self.model} has no champion; `python -m pipelines.promote` makes one")
+            before = self._before(now)
+            if before is None:
+                raise ValueError(
+                    f"version {now.number} of {self.model} stays champion: it knows of none before it that was not "
+                    "rolled back; an alias is set by hand in MLflow's pages (make ui, Model registry)"
+                )
+            self._move(now, before)
+            self._tag(now.number, ROLLED_BACK_TAG, moment())
+            return now, before
+
+    def _before(self, version: Version) -> Version | None:
+        """The nearest champion before this one that was not rolled back itself."""
+        known = {one.number: one for one in self.versions()}
+        seen = {version.number}
+        found: Version | None = version
+        while found and (found is version or ROLLED_BACK_TAG in found.tags):
+            found = known.get(found.tags.get(BEFORE_TAG, ""))
+            if found and found.number in seen:
+                return None
+            seen |= {found.number} if found else set()
+        return found
+
+    def _move(self, before: Version | None, version: Version) -> None:
+        self.client.set_registered_model_alias(self.model, CHAMPION, version.number)
+        self._tag(version.number, SINCE_TAG, moment())
+        if UNTIL_TAG in version.tags:
+            self.client.delete_model_version_tag(self.model, version.number, UNTIL_TAG)
+        if before:
+            self._tag(before.number, UNTIL_TAG, moment())
+
+    def _new(self, row: Row, md5: str) -> Version:
         try:
-            self.client.create_registered_model(self.model)
+            self.client.create_registered_model(self.model, description=DESCRIPTION)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         model = self.client.get_logged_model(row.tags[MODEL_TAG])
-        return Version.of(
-            self.client.create_model_version(
-                self.model, model.artifact_location, run_id=row.run_id, model_id=model.model_id
-            )
+        _upload_code(self.client, model, md5)
+        made = self.client.create_model_version(
+            self.model, model.artifact_location, row.run_id, {MD5_TAG: md5}, None, row.name, model_id=model.model_id
         )
+        return version_of(made)
 
     def _tag(self, number: str, name: str, text: str) -> None:
         self.client.set_model_version_tag(self.model, number, name, text)
+
+
+def _upload_code(client: MlflowClient, model: LoggedModel, md5: str) -> None:
+    """Make the record of a model loadable."""
+    dino = find_spec("dino")
+    assert dino and dino.origin
+    requirements = [f"{package}=={metadata.version(package)}" for package in PACKAGES]
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # mlflow's advice on signatures
+        pyfunc.save_model(
+            path=f"{folder}/model",
+            python_model=str(CODE),
+            code_paths=[str(Path(dino.origin).parent)],
+            model_config={"md5": md5, "repository": str(paths.real_root())},
+            pip_requirements=requirements,
+            mlflow_model=Model(run_id=model.source_run_id, model_id=model.model_id),
+        )
+        client.log_model_artifacts(model.model_id, f"{folder}/model")
+    client.set_logged_model_tags(model.model_id, {EXTERNAL_TAG: "false"})

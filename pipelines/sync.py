@@ -1,4 +1,4 @@
-"""`python -m pipelines.sync`: write the MLflow row of what DVC holds here, or complete it; twice is once.
+"""`python -m pipelines.sync`: write what DVC holds here into MLflow, row and registered checkpoint; twice is once.
 
 For whoever pulled results (`dvc pull`), restored them from the cache, or trained while the server was away.
 """
@@ -22,7 +22,12 @@ def sync(params: object) -> str:
     found = workspace.gather(row.plain(params))
     for why in found.left_out:
         print(why, file=sys.stderr)
-    target, new = written(open_store(params), found)
+    from pipelines.registry import Registry
+
+    store = open_store(params)
+    target, new = written(store, found)
+    if found.evaluation:
+        Registry(store.client, row.plain(params)["runtime"]["promote"]["model"]).register(target, found)
     uri = without_secrets(tracking_uri(row.plain(params)["runtime"]["tracking"]["uri"]))
     return f"Row {target.name!r} {'written' if new else 'completed'} in {uri}; `make ui` shows it."
 

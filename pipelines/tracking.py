@@ -343,7 +343,7 @@ def evaluation(
 def report(
     key: str, *, pages: Sequence[str | Path] = (), pictures: Sequence[str | Path] = (), params: Any = None
 ) -> None:
-    """Complete the row of `key` from everything that the working directory holds, and add the report."""
+    """Complete the row of `key` from all that the working directory holds, add the report, register the checkpoint."""
     settings = row.plain(_params_here() if params is None else params)
     content = row.EvaluationContent(
         digest=row.evaluation_digest(settings),
@@ -364,7 +364,10 @@ def _into_row(key: str, settings: Mapping[str, Any], content: row.EvaluationCont
             r.complete(found.content)
         add_evaluation(r.store, r, key, content)
         if whole and found and found.evaluation:
+            from pipelines.registry import Registry
+
             add_evaluation(r.store, r, key, found.evaluation)
+            Registry(r.client, settings["runtime"]["promote"]["model"]).register(r, found)
 
     tracker.submit(add)
     tracker.close()

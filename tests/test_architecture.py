@@ -18,16 +18,16 @@ ALLOWED_IN_DINO = {"torch", "torchvision", "numpy", "pyarrow", "safetensors"}
 # Imported where they are used, inside functions. PIL comes with torchvision.
 EXTRAS_OF_DINO = {"onnx", "onnxruntime", "timm", "PIL"}
 HOMES = {
-    "mlflow": {"pipelines/mlflow_store.py", "pipelines/registry.py"},
+    "mlflow": {"pipelines/mlflow_store.py", "pipelines/registry.py", "pipelines/served.py"},
     "prefect": {"pipelines/flow.py", "pipelines/serve.py"},
-    "dvc": {"pipelines/graph.py"},
+    "dvc": {"pipelines/graph.py", "pipelines/served.py"},
     "pydantic": {"pipelines/params.py"},
     "yaml": {"pipelines/params.py", "pipelines/workspace.py"},  # params.yaml; dvc.lock
     "torch.distributed": {"dino/distributed.py", "pipelines/launch.py"},  # its operations; its launcher
 }
 
 # Commands on a finished result: they compute, for no stage, so no stage needs them.
-TOOLS = {f"pipelines/{name}.py" for name in ("embed", "embedded", "export", "look")}
+TOOLS = {f"pipelines/{name}.py" for name in ("embed", "embedded", "export", "look", "served")}
 # Changes here rerun nothing: none of it computes what stands in an out.
 PLUMBING = {"dino/__init__.py"} | {
     f"pipelines/{name}.py"
@@ -49,7 +49,8 @@ PLUMBING = {"dino/__init__.py"} | {
         *("tracking", "mlflow_store", "row", "view", "workspace", "sync", "ui", "table"),
         *("stages/__init__", "ending", "lock", "save_clock", "states", "scratch", "differences", "seconds"),
         *("graph", "runner", "warden", "flow", "recipe", "serve", "local_server", "summary"),
-        *("verify", "sweep", "trace", "promote", "registry"),
+        *("verify", "sweep", "trace", "promote"),
+        *("registry", "version", "version_table"),
     )
 }
 

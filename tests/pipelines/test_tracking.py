@@ -181,8 +181,8 @@ def test_a_row_says_what_was_trained_on_what(home: Path, monkeypatch: pytest.Mon
     with pytest.raises(FileNotFoundError, match=r"dvc pull data/prepared/train\.arrow"):
         source.load()
     assert len(run.outputs.model_outputs) == 1
-    shown = {p.relative_to(home / "mlartifacts" / run.info.run_id / "artifacts").as_posix()
-             for p in (home / "mlartifacts").rglob("*.*") if p.is_file()}  # fmt: skip
+    artifacts = home / "mlartifacts" / run.info.run_id / "artifacts"
+    shown = {path.relative_to(artifacts).as_posix() for path in artifacts.rglob("*.*") if path.is_file()}
     assert {"pictures/crops.png", "report/index.html", "metrics/knn.json"} <= shown
 
 
