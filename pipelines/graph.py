@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from dvc.exceptions import DvcException
@@ -60,3 +61,23 @@ def stages_for(graph: Graph, targets: Iterable[str]) -> Graph:
             chosen.add(name)
             todo += graph[name]
     return {name: needs for name, needs in graph.items() if name in chosen}
+
+
+@dataclass(frozen=True)
+class Outside:
+    """Where data comes from: the default remote's name; .dvc files of imports, and of data that is missing here."""
+
+    remote: str | None
+    imports: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+def outside() -> Outside:
+    """Sources of data of the current directory's repository."""
+    with Repo() as repo:
+        sources = [stage for stage in repo.index.stages if stage.is_data_source]
+        return Outside(
+            remote=repo.config["core"].get("remote"),
+            imports=tuple(stage.relpath for stage in sources if stage.is_import),
+            missing=tuple(s.relpath for s in sources if not all(out.exists for out in s.outs)),
+        )

@@ -23,22 +23,22 @@ GRACE_SECONDS = 5.0
 
 
 @contextlib.contextmanager
-def local_server(log: Path) -> Iterator[str]:
-    """Start a server on a free port of 127.0.0.1; yields its API's address, and ends it afterwards.
+def local_server(log: Path, port: int = 0) -> Iterator[str]:
+    """Start a server on 127.0.0.1; yields its API's address, and ends it afterwards.
 
     Args:
         log: file for the server's own words; overwritten.
+        port: where it should listen; 0, or one that is in use: any free one.
 
     Raises:
         OSError: the server ended at once, or does not answer.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port(port)
     log.parent.mkdir(parents=True, exist_ok=True)
     address = f"http://127.0.0.1:{port}/api"
     command = [sys.executable, "-P", "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     env = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    env["PREFECT_SERVER_UI_API_URL"] = address  # else its pages ask port 4200
     with log.open("wb") as words:
         server = runner.start_warded(command, grace_seconds=GRACE_SECONDS, env=env, stdout=words.fileno())
     try:
@@ -47,6 +47,17 @@ def local_server(log: Path) -> Iterator[str]:
     finally:
         runner.close(server)
         server.wait()
+
+
+def _free_port(wanted: int) -> int:
+    """`wanted` if it is free, else any that is."""
+    with socket.socket() as free:
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that ended just now is no hindrance
+        try:
+            free.bind(("127.0.0.1", wanted))
+        except OSError:
+            free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def _wait_for(address: str, server: subprocess.Popen[str], log: Path) -> None:

@@ -157,6 +157,34 @@ class Promote(Section):
     margin: Share
 
 
+class StageRules(Section):
+    """How the Prefect flow runs one stage."""
+
+    retries: Annotated[int, Field(ge=0)]
+    delay_seconds: Annotated[float, Field(ge=0)]
+    limit_minutes: Positive | None
+    gpu: bool
+
+
+class Stages(Section):
+    """The rules of each stage of dvc.yaml."""
+
+    fetch: StageRules
+    prepare: StageRules
+    pretrain: StageRules
+    select: StageRules
+    embed: StageRules
+    knn: StageRules
+    probe: StageRules
+    linear: StageRules
+    report: StageRules
+
+    def of(self, stage: str) -> StageRules:
+        """A stage's rules; plain ones for a stage that params.yaml does not know (a data source of DVC's)."""
+        plain = StageRules(retries=0, delay_seconds=0.0, limit_minutes=None, gpu=False)
+        return getattr(self, stage, plain)
+
+
 class RuntimePretrain(Section):
     """How pretraining runs."""
 
@@ -182,8 +210,16 @@ class Runtime(Section):
     wait_for_lock_minutes: Annotated[float, Field(ge=0)]
     tracking: Tracking
     promote: Promote
+    webhook: str | None
+    stages: Stages
     pretrain: RuntimePretrain
     embed: RuntimeEmbed
+
+    @model_validator(mode="after")
+    def _webhook_is_an_address(self) -> "Runtime":
+        if self.webhook is not None and not self.webhook.startswith(("https://", "http://", "$")):
+            raise ValueError("webhook: choose an address that begins with https:// or http://, or $NAME, or null")
+        return self
 
 
 class Params(Section):

@@ -34,6 +34,7 @@ LINEAR_CURVE = Path("plots/linear.csv")
 REPORT = Path("report")
 
 RUNNING = Path(".work/running")  # a lock of each stage that runs in this working directory
+LOGS = Path(".work/logs")  # what each stage said last, where a flow ran it
 EXPERIMENT_CLONES = "/.dvc/tmp/exps/"
 
 

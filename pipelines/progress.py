@@ -1,6 +1,7 @@
 """How far a long step is: a bar on a terminal, else a line now and then (logs stay short)."""
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 15.0
+LINE = re.compile(r"(?P<words>(?P<done>[\d,]+) of (?P<total>[\d,]+) \w+, [\d,]+/s, .+ left.*)")
 BETWEEN_LINES = "DINO_PROGRESS_SECONDS"  # another number of seconds; 0: a line for every advance
 
 
@@ -100,6 +102,14 @@ class _Lines:
             left = "" if self.total is None else f", {_duration((self.total - self.done) / speed)} left"
             note = f"; {self.note}" if self.note else ""
             print(f"{self.what} {_count(self.done, self.total, self.unit, speed)}{left}{note}", flush=True)
+
+
+def heard(line: str) -> tuple[float, str] | None:
+    """What a line of `progress` in a log says: percent done, and its words; None if it is another line."""
+    if not (found := LINE.search(line)):
+        return None
+    done, total = (float(text.replace(",", "")) for text in found.group("done", "total"))
+    return (min(100.0, 100 * done / total), found["words"]) if total else None
 
 
 def _duration(seconds: float) -> str:

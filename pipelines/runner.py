@@ -1,4 +1,4 @@
-"""One stage as a subprocess that cannot outlive us.
+"""One stage as a subprocess that cannot outlive us, nor its time limit.
 
 A stage runs as `dvc --wait-for-lock repro -s STAGE`: `-s` lets siblings run at once, the wait keeps a finished
 command from being lost because a sibling held the lock for a moment.
@@ -12,14 +12,14 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Self
+from typing import Self, TextIO
 
-from pipelines import warden
+from pipelines import paths, warden
 
 LAST_LINES = 20
 
@@ -31,18 +31,31 @@ class Outcome(StrEnum):
     UNCHANGED = "unchanged"
     RESTORED = "restored from cache"
     FAILED = "failed"
+    OVERTIME = "ended at its time limit"
     CANCELLED = "cancelled"
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """How one stage went: `last_lines` of its output, wall-clock `seconds`."""
+    """How one stage, or another command of DVC, went.
+
+    Attributes:
+        stage: Its name.
+        outcome: What became of it.
+        exit_code: Of the command.
+        seconds: By the clock on the wall.
+        last_lines: Of its output.
+        rerun: The command that a person types to run it again.
+        log: File of all that it said; None if it said nothing.
+    """
 
     stage: str
     outcome: Outcome
     exit_code: int
     seconds: float
     last_lines: tuple[str, ...]
+    rerun: str = ""
+    log: Path | None = None
 
 
 def rerun_command(stage: str) -> str:
@@ -128,6 +141,33 @@ def close(process: subprocess.Popen[str]) -> None:
             pipe.close()
 
 
+class Words:
+    """What a command says: every line to its reader and into a log file of its own, the last ones kept."""
+
+    def __init__(self, name: str, on_line: Callable[[str], None], is_chatter: Callable[[str], bool]):
+        self.last: deque[str] = deque(maxlen=LAST_LINES)
+        self.on_line, self.is_chatter = on_line, is_chatter
+        self.path = paths.LOGS / f"{name.replace(os.sep, '-')}.log"
+        self.file: TextIO | None = None
+
+    def hear(self, line: str) -> None:
+        """Take a line in."""
+        if not (text := line.rstrip()) or self.is_chatter(text):
+            return
+        if self.file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = self.path.open("w", encoding="utf-8")
+        self.file.write(f"{text}\n")
+        self.file.flush()
+        self.last.append(text)
+        self.on_line(text)
+
+    @property
+    def log(self) -> Path | None:
+        """The log file, if anything was said."""
+        return self.path if self.file else None
+
+
 class StageRunner:
     """Runs stages of the current directory's repository, several at once from threads; leaving it ends them all.
 
@@ -145,8 +185,7 @@ class StageRunner:
         env: Mapping[str, str] | None = None,
     ):
         self.grace_seconds = grace_seconds
-        self.command = [sys.executable, "-P", "-m", "dvc", "--wait-for-lock", "repro", "-s"]
-        self.command += ["--force"] if force else []
+        self.force = force
         self.env = child_environment(env)
         self.ending = False
         self.running: dict[str, subprocess.Popen[str]] = {}
@@ -158,27 +197,53 @@ class StageRunner:
     def __exit__(self, *exception: object) -> None:
         self.end()
 
-    def run(self, stage: str, on_line: Callable[[str], None]) -> StageResult:
-        """Run one stage to its end; each line of its output goes to `on_line` as it comes."""
+    def run(self, stage: str, on_line: Callable[[str], None], limit_minutes: float | None = None) -> StageResult:
+        """Run one stage to its end; each line of its output goes to `on_line` as it comes.
+
+        Args:
+            stage: Its name.
+            on_line: Called with a line that is not DVC's own.
+            limit_minutes: Its processes are ended after so long, a trainer saves first; None: no limit.
+        """
+        verdict = Verdict(stage)
+        words = Words(stage, on_line, verdict.hears)
+        command = ["repro", "-s", *(["--force"] if self.force else []), stage]
+        result = self._follow(stage, command, words, limit_minutes)
+        outcome = verdict.outcome if result.outcome is Outcome.RAN and verdict.outcome else result.outcome
+        return replace(result, outcome=outcome, rerun=rerun_command(stage))
+
+    def would_run(self, stage: str) -> bool:
+        """Whether `run` would find work to do; in doubt it would."""
+        verdict = Verdict(stage)
+        words = Words(stage, lambda line: None, lambda line: verdict.hears(line) or True)
+        self._follow(stage, ["repro", "-s", "--dry", stage], words)
+        return self.force or verdict.outcome is not Outcome.UNCHANGED
+
+    def dvc(self, name: str, command: Sequence[str], on_line: Callable[[str], None]) -> StageResult:
+        """Run another command of DVC's, as a step with a name of its own."""
+        words = Words(name, on_line, lambda line: False)
+        return replace(self._follow(name, command, words), rerun=shlex.join(["dvc", *command]))
+
+    def _follow(
+        self, name: str, command: Sequence[str], words: Words, limit_minutes: float | None = None
+    ) -> StageResult:
+        """Run one command of DVC's to its end, or to its limit."""
         began = time.monotonic()
         with self.lock:
             if self.ending:
-                return StageResult(stage, Outcome.CANCELLED, 1, 0.0, ())
+                return StageResult(name, Outcome.CANCELLED, 1, 0.0, ())
             process = start_warded(
-                [*self.command, stage],
+                [sys.executable, "-P", "-m", "dvc", "--wait-for-lock", *command],
                 grace_seconds=self.grace_seconds,
                 env=self.env,
                 stdout=subprocess.PIPE,
             )
-            self.running[stage] = process
+            self.running[name] = process
         assert process.stdout is not None
-        verdict = Verdict(stage)
-        last_lines: deque[str] = deque(maxlen=LAST_LINES)
         try:
-            for line in process.stdout:
-                if (text := line.rstrip()) and not verdict.hears(text):
-                    last_lines.append(text)
-                    on_line(text)
+            with self._limit(process, limit_minutes) as limit:
+                for line in process.stdout:
+                    words.hear(line)
         except BaseException:
             tell(process, warden.END)
             process.stdout.read()  # a trainer that saves may still print
@@ -186,12 +251,34 @@ class StageRunner:
         finally:
             code = process.wait()
             with self.lock:
-                del self.running[stage]
+                del self.running[name]
                 close(process)
-        outcome = verdict.outcome or Outcome.RAN
+                if words.file:
+                    words.file.close()
+        outcome = Outcome.RAN
         if code:
-            outcome = Outcome.CANCELLED if self.ending else Outcome.FAILED
-        return StageResult(stage, outcome, code, time.monotonic() - began, tuple(last_lines))
+            outcome = Outcome.CANCELLED if self.ending else Outcome.OVERTIME if limit.is_set() else Outcome.FAILED
+        return StageResult(name, outcome, code, time.monotonic() - began, tuple(words.last), log=words.log)
+
+    @contextmanager
+    def _limit(self, process: subprocess.Popen[str], minutes: float | None) -> Iterator[threading.Event]:
+        """End the process when the time is over; yields whether that has happened."""
+        over = threading.Event()
+
+        def end() -> None:
+            with self.lock:
+                if process.poll() is None:
+                    over.set()
+                    tell(process, warden.END)
+
+        timer = threading.Timer(60 * (minutes or 0), end)
+        timer.daemon = True
+        if minutes is not None:
+            timer.start()
+        try:
+            yield over
+        finally:
+            timer.cancel()
 
     def end(self) -> None:
         """End what runs, and start nothing any more; returns when nothing is left.

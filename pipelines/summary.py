@@ -1,41 +1,51 @@
 """What a run of the flow is told as: a markdown page for Prefect, and plain lines for the terminal."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from pipelines import paths, scores
 from pipelines.graph import Graph
-from pipelines.runner import Outcome, StageResult, rerun_command
+from pipelines.runner import Outcome, StageResult
 
 Results = Mapping[str, StageResult]
 
 
-def succeeded(plan: Graph, results: Results) -> bool:
-    """Whether every stage of the plan is up to date now."""
-    bad = (Outcome.FAILED, Outcome.CANCELLED)
-    return all(stage in results and results[stage].outcome not in bad for stage in plan)
+def succeeded(plan: Iterable[str], results: Results) -> bool:
+    """Whether every stage of the plan is up to date now, and no other step failed."""
+    bad = (Outcome.FAILED, Outcome.OVERTIME, Outcome.CANCELLED)
+    return set(plan) <= set(results) and all(result.outcome not in bad for result in results.values())
 
 
 def failed(results: Iterable[StageResult]) -> list[StageResult]:
-    """The stages whose command failed."""
-    return [result for result in results if result.outcome is Outcome.FAILED]
+    """The stages whose command failed, or was ended at its time limit."""
+    return [result for result in results if result.outcome in (Outcome.FAILED, Outcome.OVERTIME)]
 
 
-def markdown(plan: Graph, results: Results, *, whole: bool) -> str:
+def unchanged(results: Results) -> bool:
+    """Whether nothing was done at all."""
+    return all(result.outcome is Outcome.UNCHANGED for result in results.values())
+
+
+def markdown(plan: Iterable[str], results: Results, *, whole: bool, more: Sequence[str] = ()) -> str:
     """The page of one run: scores, where the report lies, and what became of each stage.
 
     Args:
-        plan: the stages that were to run.
+        plan: the stages, and other steps, that were to run.
         results: those that did.
         whole: whether the plan is all there is; scores are shown only then, lest they be an earlier run's.
+        more: paragraphs behind the scores.
     """
+    plan = list(plan)
     parts = [_scores(), *_report()] if whole and succeeded(plan, results) else []
-    parts.append(_stages(plan, results))
-    parts += ["\n".join([f"### {r.stage} failed", "```", *r.last_lines, "```"]) for r in failed(results.values())]
+    parts += [*more, _stages(plan, results)]
+    parts += [_failure(result) for result in failed(results.values())]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def last_words(plan: Graph, results: Results, seconds: float) -> list[str]:
     """Lines that tell a person how it went; the last one says where the result is, or what to do."""
+    if unchanged(results) and succeeded(plan, results):
+        stages = "stage is as it was" if len(plan) == 1 else "stages are as they were"
+        return [f"Nothing changed: {len(plan)} {stages} ({seconds:.0f} s).", *_report()]
     if succeeded(plan, results):
         outcomes = [results[stage].outcome for stage in plan]
         counts = ", ".join(f"{outcomes.count(o)} {o}" for o in Outcome if o in outcomes)
@@ -43,14 +53,30 @@ def last_words(plan: Graph, results: Results, seconds: float) -> list[str]:
         return [f"Done in {seconds:.0f} s: {len(outcomes)} {stages}, {counts}.", *_report()]
     lines: list[str] = []
     for result in failed(results.values()):
-        lines += [f"{result.stage} failed. Its last lines:", *(f"    {line}" for line in result.last_lines)]
+        lines += [f"{in_words(result)}. Its last lines:", *(f"    {line}" for line in result.last_lines)]
+        lines += [f"All that it said: {result.log}"] if result.log else []
     if never := [stage for stage in plan if stage not in results]:
         lines.append(f"Not started, as they need it: {', '.join(never)}")
-    commands = " and ".join(rerun_command(result.stage) for result in failed(results.values()))
+    commands = " and ".join(result.rerun for result in failed(results.values()))
     return [*lines, f"When that is mended: {commands}"] if commands else [*lines, "Ended before it was done."]
 
 
-def _stages(plan: Graph, results: Results) -> str:
+def in_words(result: StageResult) -> str:
+    """How a stage ended, as half a sentence."""
+    if result.outcome is Outcome.OVERTIME:
+        minutes = result.seconds / 60
+        return f"{result.stage} was ended at its time limit, after {minutes:.1f} minutes (runtime.stages)"
+    return f"{result.stage} failed"
+
+
+def _failure(result: StageResult) -> str:
+    """What a person needs who mends it."""
+    where = f"All that it said: `{result.log}`\n\n" if result.log else ""
+    lines = "\n".join(["```", *result.last_lines, "```"])
+    return f"### {in_words(result)}\n\n{lines}\n\n{where}To run it again: `{result.rerun}`"
+
+
+def _stages(plan: Iterable[str], results: Results) -> str:
     rows = ["| stage | | seconds |", "| --- | --- | ---: |"]
     for stage in plan:
         result = results.get(stage)

@@ -19,7 +19,7 @@ ALLOWED_IN_DINO = {"torch", "torchvision", "numpy", "pyarrow", "safetensors"}
 EXTRAS_OF_DINO = {"onnx", "onnxruntime", "timm", "PIL"}
 HOMES = {
     "mlflow": {"pipelines/mlflow_store.py", "pipelines/registry.py", "pipelines/served.py"},
-    "prefect": {"pipelines/flow.py", "pipelines/serve.py"},
+    "prefect": {f"pipelines/{name}.py" for name in ("flow", "stage_task", "artifacts", "tick", "serve")},
     "dvc": {"pipelines/graph.py", "pipelines/served.py"},
     "pydantic": {"pipelines/params.py"},
     "yaml": {"pipelines/params.py", "pipelines/workspace.py"},  # params.yaml; dvc.lock
@@ -48,7 +48,8 @@ PLUMBING = {"dino/__init__.py"} | {
         ),
         *("tracking", "mlflow_store", "row", "view", "workspace", "sync", "ui", "table"),
         *("stages/__init__", "ending", "lock", "save_clock", "states", "scratch", "differences", "seconds"),
-        *("graph", "runner", "warden", "flow", "recipe", "serve", "local_server", "summary"),
+        *("graph", "runner", "warden", "flow", "stage_task", "artifacts", "local_server", "summary", "recipe"),
+        *("tick", "exchange", "champion", "notify", "serve"),
         *("verify", "sweep", "trace", "promote"),
         *("registry", "version", "version_table"),
     )
@@ -240,9 +241,10 @@ def test_every_path_of_dvc_yaml_stands_in_paths():
                 assert path in known, f"{stage}: {path}"
 
 
-def test_the_flow_names_no_stage():
+@pytest.mark.parametrize("file", sorted({*HOMES["prefect"], "pipelines/runner.py", "pipelines/summary.py"}))
+def test_the_flow_names_no_stage(file):
     """It has their names from dvc.yaml, through DVC."""
-    tree = ast.parse((ROOT / "pipelines/flow.py").read_text())
+    tree = ast.parse((ROOT / file).read_text())
     texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     assert not (texts | names) & set(STAGES)
@@ -269,7 +271,7 @@ def test_our_vits_load_no_torchvision():
 
 def test_the_flow_loads_no_torch_and_no_stage():
     run(
-        "import sys, pipelines.flow\n"
+        "import sys, pipelines.serve\n"
         "heavy = [name for name in sys.modules if name == 'torch' or name.startswith(('dino', 'pipelines.stages'))]\n"
         "assert not heavy, heavy"
     )

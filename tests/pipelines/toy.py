@@ -1,12 +1,16 @@
 """Tiny real DVC repositories: a stage is a Python script that needs other stages' files and leaves one of its own."""
 
 import os
+import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 from dvc.repo import Repo
+
+from pipelines import params
 
 PROJECT = Path(__file__).parents[2]
 
@@ -36,8 +40,13 @@ print("met {other}")
 """
 
 
-def repository(root: Path, stages: dict[str, tuple[Iterable[str], str]]) -> Path:
-    """A DVC repository with {stage: (stages it needs, script)}; stage `a` leaves the file `a.out`."""
+def repository(
+    root: Path, stages: dict[str, tuple[Iterable[str], str]], runtime: Mapping[str, Any] | None = None
+) -> Path:
+    """A DVC repository with {stage: (stages it needs, script)}; stage `a` leaves the file `a.out`.
+
+    Its params.yaml is the project's, without tracking, and with what `runtime` says.
+    """
     root.mkdir(exist_ok=True)
     Repo.init(str(root), no_scm=True).close()
     (root / ".dvc/config").write_text("[core]\n    no_scm = true\n    analytics = false\n    check_update = false\n")
@@ -49,6 +58,8 @@ def repository(root: Path, stages: dict[str, tuple[Iterable[str], str]]) -> Path
             "deps": [f"{name}.py", *(f"{need}.out" for need in needs)],
             "outs": [f"{name}.out"],
         }
+    shutil.copy(PROJECT / "params.yaml", root)
+    params.rewrite(root / "params.yaml", {"runtime": {"tracking": {"enabled": False}, **(runtime or {})}})
     (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": described}, sort_keys=False))
     return root
 
