@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,6 +129,23 @@ def average_over_ranks(
     return parts[-1].view_as(loss), parts[-2].view_as(center)
 
 
+def rows_of_steps(config: PretrainConfig, images: int, first: int, batch_rows: Tensor) -> Iterator[list[int]]:
+    """Rows of the table that this rank sees at each step from `first` to the last.
+
+    Args:
+        config: Of batch, epochs and seed.
+        images: In the table.
+        first: Step, from 0.
+        batch_rows: This rank's rows of the global batch.
+    """
+    steps_per_epoch, total_steps = run_length(config, images)
+    for step in range(first, total_steps):
+        epoch, step_of_epoch = divmod(step, steps_per_epoch)
+        if step == first or step_of_epoch == 0:
+            order = draws.epoch_order(config.seed, epoch, images)
+        yield order[step_of_epoch * config.batch + batch_rows].tolist()
+
+
 def drop_path_draws(config: PretrainConfig, depth: int, step: int, batch_rows: Tensor) -> list[Tensor | None]:
     """Draws of stochastic depth of each view, [depth, 2, B]; None where nothing is dropped."""
     if config.drop_path_rate == 0.0:
@@ -168,12 +186,15 @@ def first_features(dino: DINO, micro_batches: Sequence[MicroBatch]) -> Tensor:
 @contextmanager
 def repeatable(deterministic: bool) -> Iterator[None]:
     """Only operations whose result repeats to the bit, while it lasts."""
-    before = torch.are_deterministic_algorithms_enabled()
+    switches: Any = torch.utils.deterministic
+    before, filled_before = torch.are_deterministic_algorithms_enabled(), switches.fill_uninitialized_memory
     torch.use_deterministic_algorithms(deterministic)
+    switches.fill_uninitialized_memory = False  # a net for operations that read what nobody wrote; none here does
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+        switches.fill_uninitialized_memory = filled_before
 
 
 def check_fits(config: PretrainConfig, images: int, world: World) -> None:
@@ -247,14 +268,10 @@ def pretrain(
         dino.student.compile()
         dino.teacher.compile()
 
-    def load(step: int) -> tuple[ImageBatch, Tensor]:
-        order = draws.epoch_order(config.seed, step // steps_per_epoch, len(table))
-        batch_rows = torch.tensor(world.rows(config.batch))
-        rows = order[(step % steps_per_epoch) * config.batch + batch_rows]
-        return table.batch(rows.tolist()), batch_rows
-
-    with repeatable(config.deterministic), closing(ahead(load, range(step, total_steps), waited=waited)) as batches:
-        for images, batch_rows in batches:
+    batch_rows = torch.tensor(world.rows(config.batch))
+    rows = rows_of_steps(config, len(table), step, batch_rows)
+    with repeatable(config.deterministic), closing(ahead(table.batch, rows, waited=waited)) as batches:
+        for images in batches:
             settings = step_settings(config, step, steps_per_epoch)
             parts = make_micro_batches(config, depth, step, images, batch_rows, table, world.device)
             result = train_step(dino, optimizer, center, parts, settings, config, world, precision)

@@ -5,12 +5,14 @@ import io
 import json
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 
 from dino.decode import content_id
@@ -48,6 +50,31 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         expected = np.stack([images[table.ids[row]][1] for row in rows])[:, None]
         np.testing.assert_array_equal(batch.pixels_BCHW.numpy(), expected)
     assert table.digest() == hashlib.md5((tmp_path / "t.arrow").read_bytes()).hexdigest()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+@pytest.mark.parametrize("sizes", [[(160, 160)], [(160, 160), (150, 170)]], ids=["one size", "many sizes"])
+def test_batches_made_in_a_thread_bring_no_threads_with_them(sizes: list[tuple[int, int]], tmp_path: Path) -> None:
+    """More OpenMP threads than cores make every barrier of the training sleep."""
+    one_coloured = [np.full(sizes[n % len(sizes)], n, np.uint8) for n in range(8)]  # few bytes: decoded in one thread
+    table = write(tmp_path / "t.arrow", [encode(pixels) for pixels in one_coloured])
+
+    def threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    def brought(work: Callable[[], object]) -> int:
+        before = threads()
+        work()
+        return threads() - before
+
+    large, few = torch.zeros(1_000_000), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with ThreadPoolExecutor(1) as maker:
+            assert maker.submit(brought, lambda: [table.batch(range(8)) for _ in range(2)]).result() == 0
+            assert maker.submit(brought, large.exp).result() == 1, "an operation of torch would have shown"
+    finally:
+        torch.set_num_threads(few)
 
 
 def test_images_of_many_sizes_are_padded_at_the_bottom_and_the_right(tmp_path: Path) -> None:
