@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from configobj import ConfigObj
+from dvc.dependency.param import ParamsDependency
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
@@ -81,3 +83,39 @@ def outside() -> Outside:
             imports=tuple(stage.relpath for stage in sources if stage.is_import),
             missing=tuple(s.relpath for s in sources if not all(out.exists for out in s.outs)),
         )
+
+
+def stage_params() -> dict[str, tuple[str, ...]]:
+    """Settings that each stage reads: {"knn": ("knn",), "fetch": ("data.folder",)}."""
+    with Repo() as repo:
+        return {
+            stage.addressing: tuple(
+                name for dep in stage.deps if isinstance(dep, ParamsDependency) for name in dep.params
+            )
+            for stage in repo.index.stages
+        }
+
+
+def cache_and_remote() -> tuple[str, str | None]:
+    """The folder of this repository's cache, and the name of its default remote."""
+    with Repo() as repo:
+        return repo.cache.local_cache_dir, repo.config["core"].get("remote")
+
+
+def settings_of_a_clone() -> str:
+    """The .dvc/config.local of a clone that shares this repository's cache, run-cache and local settings.
+
+    Files are linked to the cache where the file system can: a clone costs no second copy of the data.
+    """
+    with Repo() as repo:
+        text = ConfigObj()
+        for section, values in repo.config.read("local").items():
+            named = section in ("remote", "machine", "db")
+            for name, inner in values.items() if named else [(section, values)]:
+                if inner:
+                    text[f'{section} "{name}"' if named else section] = dict(inner)
+        cache = text.setdefault("cache", {})
+        cache["dir"] = repo.cache.local_cache_dir
+        if "type" not in repo.config["cache"]:
+            cache["type"] = "reflink,hardlink,copy"
+    return "\n".join(text.write()) + "\n"

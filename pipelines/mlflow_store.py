@@ -32,7 +32,7 @@ from mlflow.entities import (
 )
 from mlflow.exceptions import MlflowException
 
-from pipelines import paths
+from pipelines import origin, paths
 from pipelines.row import EvaluationContent, Lineage, RowContent
 from pipelines.view import EXPERIMENT_TAGS, describe
 from pipelines.workspace import file_md5
@@ -156,6 +156,16 @@ class Store:
     def find(self, key: str) -> "Row | None":
         """THE row of a pretraining key."""
         return self._first(f"tags.`{KEY_TAG}` = '{key}'")
+
+    def rows(self) -> "list[Row]":
+        """All rows, the newest first."""
+        found: list[Row] = []
+        token = None
+        while token != "":
+            page = self.client.search_runs([self.experiment_id], order_by=["start_time DESC"], page_token=token)
+            found += (Row(self, run) for run in page)
+            token = page.token or ""
+        return found
 
     def row(self, key: str, name: str) -> "Row":
         """THE row of a pretraining key, made if there is none."""
@@ -333,6 +343,18 @@ class Row:
         """Files among the row's artifacts; a file of the same name is replaced."""
         for path, folder in files:
             self.client.log_artifact(self.run_id, str(path), folder or None)
+
+    def add_origin(self, tags: Mapping[str, str], patches: Iterable[Path]) -> None:
+        """Where the state that made the row comes from (pipelines/origin.py)."""
+        self.add_tags(tags)
+        self.add_files((path, origin.FOLDER) for path in patches)
+
+    def fetch_file(self, name: str, folder: Path) -> Path | None:
+        """Bring one of the row's artifacts into `folder`; None if it has none of this name."""
+        try:
+            return Path(self.client.download_artifacts(self.run_id, name, str(folder)))
+        except (MlflowException, OSError):
+            return None
 
     def add_data(self, data: Iterable[Lineage]) -> None:
         """Data sets by DVC's md5."""

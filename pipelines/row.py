@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import socket
-import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -134,7 +133,7 @@ def run_name(pretrain: Mapping[str, Any]) -> str:
 
 
 def circumstances() -> dict[str, str]:
-    """Tags of this moment: commit, host, versions, the DVC experiment and the Prefect flow run that it belongs to."""
+    """Tags of this moment: host and versions."""
     tags = {
         "host": socket.gethostname(),
         "platform": platform.platform(),
@@ -147,31 +146,7 @@ def circumstances() -> dict[str, str]:
             tags[f"versions.{package}"] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    for variable, tag in (
-        ("DVC_EXP_NAME", "dvc.exp_name"),
-        ("DVC_EXP_BASELINE_REV", "dvc.exp_baseline_rev"),
-        ("DINO_FLOW_RUN_ID", "prefect.flow_run_id"),
-    ):
-        if value := os.environ.get(variable):
-            tags[tag] = value
-    return tags | git_tags("rev-parse", "HEAD")
-
-
-def git_tags(*question: str) -> dict[str, str]:
-    """Commit that `git QUESTION` names, and whether files that git tracks differ from HEAD; empty outside git."""
-    commit = _git(*question)
-    if not commit:
-        return {}
-    dirty = bool(_git("status", "--porcelain", "--untracked-files=no"))
-    return {"mlflow.source.git.commit": commit, "git.dirty": str(dirty).lower()}
-
-
-def _git(*arguments: str) -> str:
-    try:
-        done = subprocess.run(("git", *arguments), capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return tags
 
 
 def md5_tags(outs: Mapping[str, str]) -> dict[str, str]:

@@ -77,9 +77,9 @@ def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def start_warded(
-    command: list[str], *, grace_seconds: float, env: Mapping[str, str], stdout: int
+    command: list[str], *, grace_seconds: float, env: Mapping[str, str], stdout: int, cwd: Path | None = None
 ) -> subprocess.Popen[str]:
-    """Start `command` under a warden: it ends, and all it started, when `stdin` is closed or we die."""
+    """Start `command` in `cwd` under a warden: it ends, and all it started, when `stdin` is closed or we die."""
     script = [sys.executable, "-I", "-S", warden.__file__, str(grace_seconds)]
     return subprocess.Popen(
         script + command,
@@ -89,6 +89,7 @@ def start_warded(
         encoding="utf-8",
         errors="replace",
         env=env,
+        cwd=cwd,
         start_new_session=True,  # Ctrl-C in the terminal reaches us, and we end the stage in order
     )
 

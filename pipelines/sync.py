@@ -3,10 +3,12 @@
 For whoever pulled results (`dvc pull`), restored them from the cache, or trained while the server was away.
 """
 
+import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines import paths, row, workspace
+from pipelines import origin, paths, row, workspace
 from pipelines.tracking import open_store, tracking_uri, without_secrets
 
 if TYPE_CHECKING:  # mlflow costs two seconds
@@ -39,14 +41,25 @@ def written(store: "Store", found: workspace.Workspace) -> "tuple[Row, bool]":
     known = store.find(found.content.key)
     target = known or store.row(found.content.key, found.content.name)
     if known is None:
-        commit = row.git_tags("log", "-1", "--format=%H", "--", str(workspace.LOCK))
-        target.add_tags({"dino.rebuilt": "from files, without host, duration and throughput", **commit})
+        target.add_tags({"dino.rebuilt": "from files, without host, duration and throughput"})
     target.complete(found.content)
-    if found.evaluation:
-        add_evaluation(store, target, found.content.key, found.evaluation)
+    judged = add_evaluation(store, target, found.content.key, found.evaluation) if found.evaluation else target
+    if "DVC_EXP_NAME" in os.environ:  # a finished experiment names itself, whoever computed parts of it before
+        judged.add_origin(*origin.here())
+    elif origin.COMMIT_TAG not in judged.tags:
+        judged.add_origin(*whence())
     if paths.PRETRAIN_METRICS.is_file():  # the training ended, whoever was not told
         target.end("FINISHED")
     return target, known is None
+
+
+def whence() -> tuple[dict[str, str], list[Path]]:
+    """Where the results that dvc.lock names come from: the commit that it stands in, else the state as it lies here."""
+    lock = str(workspace.LOCK)
+    as_committed = origin.git("diff", "--quiet", "HEAD", "--", lock) is not None
+    if as_committed and (commit := origin.words("log", "-1", "--format=%H", "--", lock)):
+        return {origin.COMMIT_TAG: commit, "git.dirty": "false"}, []
+    return origin.here()
 
 
 def main() -> int:

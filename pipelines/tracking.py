@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from dino.files import whole_file
-from pipelines import paths, row, workspace
+from pipelines import origin, paths, row, workspace
 
 if TYPE_CHECKING:  # mlflow costs two seconds: the thread imports it
     from pipelines.mlflow_store import Row, Store
@@ -252,13 +252,14 @@ def pretraining(params: Any, key: str, *, resolved: Mapping[str, Any] | None = N
     @cache
     def content() -> row.RowContent:
         lock, folder = workspace.Lock(), str(settings["data"]["folder"])
+        whence, patches = origin.here()
         return row.RowContent(
             key=key,
             name=row.run_name(chosen),
             params=row.flat_params("pretrain", chosen) | row.flat_params("data", settings["data"]),
-            tags=row.circumstances() | row.md5_tags(lock.outs("fetch", "prepare")),
+            tags=row.circumstances() | whence | row.md5_tags(lock.outs("fetch", "prepare")),
             data=workspace.data_lineage(lock, folder, workspace.read_json(paths.DATA_METRICS).get("images")),
-            files=row.files_in("pictures", [paths.SAMPLES_PICTURE]),
+            files=row.files_in("pictures", [paths.SAMPLES_PICTURE]) + row.files_in(origin.FOLDER, patches),
         )
 
     def begin(r: "Row") -> None:
@@ -362,7 +363,9 @@ def _into_row(key: str, settings: Mapping[str, Any], content: row.EvaluationCont
 
         if found:
             r.complete(found.content)
-        add_evaluation(r.store, r, key, content)
+        target = add_evaluation(r.store, r, key, content)
+        if origin.COMMIT_TAG not in target.tags:  # other settings of the evaluation: a row that no training began
+            target.add_origin(*origin.here())
         if whole and found and found.evaluation:
             from pipelines.registry import Registry
 

@@ -259,10 +259,14 @@ def _snapshot_points(lock: Lock) -> list[row.Point]:
 def _not_of_teacher(lock: Lock, stage: str, path: Path) -> str:
     """Why the metrics of an evaluation stage are not those of the teacher in dvc.lock, or ""."""
     teacher, features = str(paths.TEACHER), str(paths.FEATURES)
-    if stage != "select" and lock.deps("embed").get(teacher) != lock.outs("select").get(teacher):
-        return "its features are of another teacher"
-    if stage != "select" and lock.deps(stage).get(features) != lock.outs("embed").get(features):
-        return "it was computed on other features"
+    of, made = lock.deps(stage), lock.outs("select", "embed")
+    if teacher in of and of[teacher] != made.get(teacher):  # linear reads the teacher itself
+        return "it is of another teacher"
+    if stage != "select" and teacher not in of:
+        if lock.deps("embed").get(teacher) != made.get(teacher):
+            return "its features are of another teacher"
+        if of.get(features) != made.get(features):
+            return "it was computed on other features"
     if lock.outs(stage).get(str(path)) != file_md5(path):
         return f"its content is not what {LOCK} holds"
     return ""

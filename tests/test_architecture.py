@@ -50,7 +50,8 @@ PLUMBING = {"dino/__init__.py"} | {
         *("stages/__init__", "ending", "lock", "save_clock", "states", "scratch", "differences", "seconds"),
         *("graph", "runner", "warden", "flow", "stage_task", "artifacts", "local_server", "summary", "recipe"),
         *("tick", "exchange", "champion", "notify", "serve"),
-        *("verify", "sweep", "trace", "promote"),
+        *("verify", "promote", "trace", "origin"),
+        *("sweep", "variants", "experiment", "sweep_record", "sweep_schedule", "sweep_screen", "sweep_table"),
         *("registry", "version", "version_table"),
     )
 }

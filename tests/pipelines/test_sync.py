@@ -120,6 +120,18 @@ def test_results_of_another_teacher_are_left_out(home: Path, capsys: pytest.Capt
     assert "is not the one that dvc.lock holds" in told and "metrics/pretrain.json" in told
 
 
+def test_the_linear_evaluation_is_in_the_row_as_it_reads_the_teacher_itself(home: Path) -> None:
+    evidence.lay(home)
+    found = workspace.gather(evidence.SETTINGS)
+    assert not found.left_out and found.evaluation
+    assert found.evaluation.summaries["linear/test_top1"] == 0.84
+    lock = yaml.safe_load(workspace.LOCK.read_text())
+    lock["stages"]["linear"]["deps"][0]["md5"] = "0" * 32
+    workspace.LOCK.write_text(yaml.safe_dump(lock))
+    (why,) = workspace.gather(evidence.SETTINGS).left_out
+    assert "metrics/linear.json: it is of another teacher; `dvc repro linear`" in why
+
+
 @pytest.mark.parametrize("broken", ["features", "edited"])
 def test_an_evaluation_that_the_lock_does_not_tie_to_the_teacher_is_left_out(
     home: Path, capsys: pytest.CaptureFixture[str], broken: str

@@ -17,7 +17,7 @@ import mlflow_witness as witness
 import pytest
 from faulty_disks import full_disk
 
-from pipelines import paths, row, tracking
+from pipelines import paths, tracking
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # mlflow's own
 REPOSITORY = Path(__file__).parents[2]
@@ -421,23 +421,6 @@ def test_a_locked_database_delays_no_training(home: Path, monkeypatch: pytest.Mo
 
 
 # Words
-
-
-def test_the_moment_is_recorded_with_commit_and_whether_files_differ_from_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert "mlflow.source.git.commit" not in row.circumstances()
-    commands = ("init -q", "config user.email a@b", "config user.name n", "add f", "commit -q -m one")
-    Path("f").write_text("1")
-    for command in commands:
-        subprocess.run(["git", *command.split()], check=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    clean = row.circumstances()
-    Path("f").write_text("2")
-    dirty = row.circumstances()
-    assert clean["mlflow.source.git.commit"] == dirty["mlflow.source.git.commit"] == commit
-    assert (clean["git.dirty"], dirty["git.dirty"]) == ("false", "true")
 
 
 @pytest.mark.parametrize(
