@@ -20,6 +20,7 @@ from dino.config import VITS
 EVALUATION_SECTIONS = ("select", "embed", "knn", "probe", "linear")
 VERSIONS = ("torch", "torchvision", "numpy", "dvc", "mlflow", "prefect")
 TABLES = ("_by_", "class_balance")  # one number a setting or a class: the JSON file, logged whole, keeps them
+LONGEST_NAME = 150
 Point = tuple[int, dict[str, float]]
 
 
@@ -116,17 +117,28 @@ def summarise(stage: str, metrics: Mapping[str, Any]) -> tuple[dict[str, float],
     return numbers, words
 
 
-def run_name(pretrain: Mapping[str, Any]) -> str:
-    """What tells a row from its neighbours: network, length, seed, and the DVC experiment's name if it has one."""
-    width = "x".join(str(pretrain[k]) for k in ("embed_dim", "depth") if pretrain.get(k) is not None)
-    arch = str(pretrain.get("arch", "model"))
-    network = [f"{arch}/{pretrain.get('patch_size', '?')}", *([width] if width else [])]
-    words = [
-        *(network if arch in (*VITS, "model") else [arch]),  # no other network has these settings
-        f"{pretrain.get('epochs', '?')} epochs",
-    ]
-    if pretrain.get("seed"):
-        words.append(f"seed {pretrain['seed']}")
+def run_name(pretrain: Mapping[str, Any], differs: Mapping[str, str] | None = None) -> str:
+    """What tells a row from its neighbours: the settings that differ from the baseline's.
+
+    Where none does: network, length, seed. The DVC experiment's name is added if it has one.
+
+    Args:
+        pretrain: settings of the training.
+        differs: as pipelines.baseline finds them.
+    """
+    if differs:
+        told = ", ".join(f"{name.removeprefix('pretrain.')}={value}" for name, value in differs.items())
+        words = [told if len(told) <= LONGEST_NAME else f"{told[:LONGEST_NAME]}..."]
+    else:
+        width = "x".join(str(pretrain[k]) for k in ("embed_dim", "depth") if pretrain.get(k) is not None)
+        arch = str(pretrain.get("arch", "model"))
+        network = [f"{arch}/{pretrain.get('patch_size', '?')}", *([width] if width else [])]
+        words = [
+            *(network if arch in (*VITS, "model") else [arch]),  # no other network has these settings
+            f"{pretrain.get('epochs', '?')} epochs",
+        ]
+        if pretrain.get("seed"):
+            words.append(f"seed {pretrain['seed']}")
     if name := os.environ.get("DVC_EXP_NAME"):
         words.append(f"({name})")
     return " ".join(words)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from dino.files import whole_file
-from pipelines import origin, paths, row, workspace
+from pipelines import baseline, origin, paths, row, workspace
 
 if TYPE_CHECKING:  # mlflow costs two seconds: the thread imports it
     from pipelines.mlflow_store import Row, Store
@@ -243,7 +243,8 @@ def pretraining(params: Any, key: str, *, resolved: Mapping[str, Any] | None = N
     """
     settings = row.plain(params)
     chosen = dict(resolved or settings["pretrain"])
-    tracker = Tracker.for_key(key, params, name=row.run_name(chosen))
+    name = row.run_name(chosen, baseline.differences(settings))
+    tracker = Tracker.for_key(key, params, name=name)
     if tracker.off:
         yield tracker
         return
@@ -255,7 +256,7 @@ def pretraining(params: Any, key: str, *, resolved: Mapping[str, Any] | None = N
         whence, patches = origin.here()
         return row.RowContent(
             key=key,
-            name=row.run_name(chosen),
+            name=name,
             params=row.flat_params("pretrain", chosen) | row.flat_params("data", settings["data"]),
             tags=row.circumstances() | whence | row.md5_tags(lock.outs("fetch", "prepare")),
             data=workspace.data_lineage(lock, folder, workspace.read_json(paths.DATA_METRICS).get("images")),

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from safetensors import safe_open
 
-from pipelines import paths, row
+from pipelines import baseline, paths, row
 from pipelines.params import Params
 from pipelines.reading import DAMAGE, read_metrics, reading
 
@@ -188,7 +188,7 @@ def gather(settings: Mapping[str, Any], checkpoint: Path = paths.TEACHER) -> Wor
     folder = str(locked.get("data", {}).get("folder", "data"))
     content = row.RowContent(
         key=key,
-        name=row.run_name(teacher["params"]),
+        name=row.run_name(teacher["params"], baseline.differences(locked) if held else None),
         params=row.flat_params("pretrain", teacher["params"])
         | (row.flat_params("data", locked.get("data", {})) if held else {}),
         tags=tags

@@ -52,7 +52,7 @@ PLUMBING = {"dino/__init__.py"} | {
         *("tick", "exchange", "champion", "notify", "serve"),
         *("verify", "promote", "trace", "origin"),
         *("sweep", "variants", "experiment", "sweep_record", "sweep_schedule", "sweep_screen", "sweep_table"),
-        *("registry", "version", "version_table"),
+        *("registry", "version", "version_table", "baseline"),
     )
 }
 
