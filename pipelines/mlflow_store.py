@@ -56,6 +56,7 @@ MODEL_TAG = "dino.model_id"
 EXTERNAL_TAG = "mlflow.model.isExternal"  # MLflow's: a record without anything to load
 CURVES_TAG = "dino.curves_md5"
 NOTE_TAG = "mlflow.note.content"
+PICTURES = {"report/scores.png": "Scores", "report/attention.png": "Attention", "report/neighbours.png": "Neighbours"}
 METRICS_A_BATCH, PARAMS_A_BATCH, TAGS_A_BATCH = 1000, 100, 100
 LOCK_SECONDS = 60.0
 # What trying again can't mend; everything else is a server or a database that is away.
@@ -416,7 +417,13 @@ class Row:
         """Write the row's description anew from what it says by now."""
         with alone:  # k-NN and probe end at the same time: whoever comes second has read both
             self._read(self.client.get_run(self.run_id))
-            self.add_tags({NOTE_TAG: describe(self.params, self.metrics, self.tags)})
+            shown = {entry.path for entry in self.client.list_artifacts(self.run_id, "report")}
+            pictures = [
+                (title, f"get-artifact?path={path}&run_uuid={self.run_id}")  # of the server whose page it is
+                for path, title in PICTURES.items()
+                if path in shown
+            ]
+            self.add_tags({NOTE_TAG: describe(self.params, self.metrics, self.tags, pictures)})
 
 
 def add_evaluation(store: Store, row: Row, key: str, evaluation: EvaluationContent) -> Row:

@@ -18,8 +18,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
 from pipelines import paths, workspace
-from pipelines.mlflow_store import EXTERNAL_TAG, MODEL_TAG, Row, alone
+from pipelines.mlflow_store import EXTERNAL_TAG, MODEL_TAG, NOTE_TAG, Row, alone
 from pipelines.version import BEFORE_TAG, MD5_TAG, ROLLED_BACK_TAG, SINCE_TAG, UNTIL_TAG, WHY_TAG, Version, tags_of
+from pipelines.view import REGISTERED_TAG
 
 CODE = Path(__file__).with_name("served.py")
 PACKAGES = (
@@ -43,7 +44,8 @@ DESCRIPTION = (
 def version_of(found: ModelVersion) -> Version:
     """From MLflow's own."""
     registered = datetime.fromtimestamp(found.creation_timestamp / 1000, UTC)
-    return Version(str(found.version), found.description or "", dict(found.tags), registered)
+    name = (found.description or "").partition("\n")[0]
+    return Version(str(found.version), name, dict(found.tags), registered)
 
 
 def moment() -> str:
@@ -81,6 +83,9 @@ class Registry:
             for name, text in tags.items():
                 if version.tags.get(name) != text:
                     self._tag(version.number, name, text)
+            if REGISTERED_TAG not in row.tags:
+                row.add_tags({REGISTERED_TAG: f"{self.model}/{version.number}"})
+                row.tell()
         return version_of(self.client.get_model_version(self.model, version.number))
 
     def crown(self, version: Version, why: str) -> None:
@@ -142,8 +147,9 @@ class Registry:
                 raise
         model = self.client.get_logged_model(row.tags[MODEL_TAG])
         _upload_code(self.client, model, md5)
+        about = f"{row.name}\n\n{row.tags.get(NOTE_TAG, '')}"
         made = self.client.create_model_version(
-            self.model, model.artifact_location, row.run_id, {MD5_TAG: md5}, None, row.name, model_id=model.model_id
+            self.model, model.artifact_location, row.run_id, {MD5_TAG: md5}, None, about, model_id=model.model_id
         )
         return version_of(made)
 

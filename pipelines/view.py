@@ -5,8 +5,9 @@ experiment: we write that tag ourselves, and `make ui` opens the address that na
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from dino.config import VITS
 
@@ -20,12 +21,11 @@ COLUMNS = {
     "metrics.`probe/test_top1`": 115,
     "metrics.`linear/val_top1`": 110,
     "metrics.`linear/test_top1`": 115,
-    "metrics.`knn/untrained/test_top1`": 165,
-    "metrics.`knn/pixels/test_top1`": 140,
     "metrics.`images_per_second`": 145,
     "tags.`health`": 160,
     "duration": 80,
     "runDateAndNestInfo": 140,
+    "attributes.`Models`": 130,
     "tags.`dino.data_md5`": 110,
     "tags.`dvc.exp_name`": 130,
 }
@@ -41,6 +41,22 @@ CURVES = (
     "grad_norm",
     "images_per_second",
 )
+
+
+def _settings_that_differ() -> dict[str, Any]:
+    return {
+        "uuid": "settings",
+        "type": "DIFFERENCE",
+        "chartName": "Settings that differ",
+        "metricSectionId": "Settings",
+        "compareGroups": ["Parameters"],
+        "showDifferencesOnly": True,
+        "showChangeFromBaseline": False,
+        "baselineColumnUuid": "",
+        "runsCountToCompare": 10,
+        "deleted": False,
+        "isGenerated": True,
+    }
 
 
 def _chart(kind: str, section: str, metric: str) -> dict[str, Any]:
@@ -73,10 +89,12 @@ _STATE: dict[str, Any] = {
     "hideEmptyCharts": True,
     "compareRunSections": [
         {"uuid": name, "name": name, "display": True, "isReordered": True, "deleted": False, "isGenerated": False}
-        for name in ("Scores", "Training")
+        | {"columns": columns, "cardHeight": height_px}
+        for name, columns, height_px in (("Settings", 1, 270), ("Training", 4, 280), ("Scores", 4, 240))
     ],
-    "compareRunCharts": [_chart("BAR", "Scores", metric) for metric in SCORES]
-    + [_chart("LINE", "Training", metric) for metric in CURVES],
+    "compareRunCharts": [_settings_that_differ()]
+    + [_chart("LINE", "Training", metric) for metric in CURVES]
+    + [_chart("BAR", "Scores", metric) for metric in SCORES],
     "isAccordionReordered": True,
 }
 EXPERIMENT_TAGS = {
@@ -90,6 +108,7 @@ EXPERIMENT_TAGS = {
         "and `python -m pipelines.sync` writes their row here."
     ),
 }
+REGISTERED_TAG = "dino.registered"  # of a row whose checkpoint is in the registry: MODEL/VERSION
 GAP = "&emsp;"  # the UI's tables have no space between cells
 _KINDS = ("trained", "untrained", "pixels")
 _EVALUATIONS = {"knn": ("k-NN", "k"), "probe": ("probe", "lr"), "linear": ("linear evaluation", "lr_at_256")}
@@ -101,14 +120,23 @@ def address(server: str, experiment_id: str) -> str:
     return f"{runs}?viewStateShareKey={VIEW}&workflowType=machine_learning"
 
 
-def describe(params: Mapping[str, str], metrics: Mapping[str, float], tags: Mapping[str, str]) -> str:
-    """Markdown: the result first, then what was trained on what, and how to get it back."""
-    lines = [*_scores(metrics), *_training(params, metrics, tags)]
+def describe(
+    params: Mapping[str, str],
+    metrics: Mapping[str, float],
+    tags: Mapping[str, str],
+    pictures: Sequence[tuple[str, str]] = (),
+) -> str:
+    """Markdown: the result first, then what was trained on what, how to get it back, and pictures (title, address)."""
+    lines = [tags.get("verdict", ""), *_scores(metrics), *_training(params, metrics, tags)]
+    if registered := tags.get(REGISTERED_TAG):
+        model, _, version = registered.rpartition("/")
+        lines.append(f"Registered as [{model}, version {version}](#/models/{quote(model)}/versions/{version}).")
     if key := tags.get("dino.key") or tags.get("dino.child_of"):
         lines.append(f"Pretraining key `{key}`.")
     if md5 := tags.get("dvc.models/teacher.safetensors"):
         lines.append(f"Teacher's DVC md5 `{md5}`.")
-    return "\n\n".join(lines)
+    lines += [f"![{title}]({address})" for title, address in pictures]
+    return "\n\n".join(filter(None, lines))
 
 
 def _scores(metrics: Mapping[str, float]) -> list[str]:

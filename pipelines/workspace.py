@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from safetensors import safe_open
 
-from pipelines import baseline, paths, row
+from pipelines import baseline, paths, row, scores
 from pipelines.params import Params
 from pipelines.reading import DAMAGE, read_metrics, reading
 
@@ -229,6 +229,9 @@ def _evaluation(lock: Lock, locked: Mapping[str, Any], left_out: list[str]) -> r
         summaries, tags, files = summaries | numbers, tags | words, [*files, (path, "metrics")]
     if not files:
         return None
+    if not left_out:
+        health = read_json(paths.PRETRAIN_METRICS).get("health", {})
+        tags["verdict"] = scores.verdict(scores.evaluations(), health).sentence
     return row.EvaluationContent(
         digest=row.evaluation_digest(locked),
         params=row.evaluation_params(locked),
