@@ -1,10 +1,9 @@
 """What tells an experiment from its baseline: settings that differ from the params.yaml of the last commit."""
 
-import subprocess
 from collections.abc import Mapping
 from typing import Any
 
-from pipelines import params, paths, row
+from pipelines import origin, params, paths, row
 
 SECTIONS = ("data", "pretrain")  # what makes another training; other settings of evaluation are a row below its row
 
@@ -25,10 +24,10 @@ def differences(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _committed() -> dict[str, dict[str, Any]]:
-    command = ("git", "show", f"HEAD:./{paths.PARAMS}")
+    text = origin.git("show", f"HEAD:./{paths.PARAMS}") or b""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-        settings = params.check(params.value(done.stdout), paths.PARAMS) if done.returncode == 0 else None
-    except (OSError, ValueError, subprocess.TimeoutExpired):  # no git; a params.yaml of another version
+        content = params.value(text.decode(errors="replace"))
+        settings = params.check(content if isinstance(content, dict) else {}, paths.PARAMS)
+    except ValueError:  # no commit, or a params.yaml of another version
         return {}
-    return {section: row.plain(settings)[section] for section in SECTIONS} if settings else {}
+    return {section: row.plain(settings)[section] for section in SECTIONS}

@@ -8,6 +8,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -230,8 +231,9 @@ def _evaluation(lock: Lock, locked: Mapping[str, Any], left_out: list[str]) -> r
     if not files:
         return None
     if not left_out:
-        health = read_json(paths.PRETRAIN_METRICS).get("health", {})
-        tags["verdict"] = scores.verdict(scores.evaluations(), health).sentence
+        with suppress(ValueError):  # metrics of an earlier version; their numbers stand in the row all the same
+            health = read_json(paths.PRETRAIN_METRICS).get("health", {})
+            tags["verdict"] = scores.verdict(scores.evaluations(), health).sentence
     return row.EvaluationContent(
         digest=row.evaluation_digest(locked),
         params=row.evaluation_params(locked),

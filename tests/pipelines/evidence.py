@@ -25,11 +25,14 @@ RESOLVED = {**SETTINGS["pretrain"], "precision": "fp32"}
 
 
 def scores(top1: float) -> dict[str, Any]:
+    def beside(value: float) -> dict[str, float]:
+        return {"top1": value, "top1_low": value - 0.02, "top1_high": value + 0.02}
+
     kinds = {"trained": top1, "untrained": top1 - 0.1, "pixels": top1 + 0.05}
     return {
         kind: {"val_top1": value, "val_top1_low": value - 0.02, "val_top1_high": value + 0.02,
                "test_top1": value, "test_top1_low": value - 0.01, "test_top1_high": value + 0.01,
-               "k": 10, "val_by_k": {"5": {"top1": value - 0.01}, "10": {"top1": value}}}
+               "k": 10, "val_by_k": {"5": beside(value - 0.01), "10": beside(value)}}
         for kind, value in kinds.items()
     } | {"protocol": "weighted k-NN on stored features"}  # fmt: skip
 

@@ -156,7 +156,8 @@ def test_a_row_says_what_was_trained_on_what(home: Path, monkeypatch: pytest.Mon
     train(evidence.curve_points())
     tracking.evaluation("k1", "knn", evidence.scores(0.8), params=evidence.SETTINGS)
     tracking.evaluation("k1", "probe", evidence.scores(0.82), params=evidence.SETTINGS)
-    tracking.report("k1", pages=["report/index.html"], params=evidence.SETTINGS)
+    Path("report/scores.png").write_bytes(evidence.PNG)
+    tracking.report("k1", pages=["report/index.html"], pictures=["report/scores.png"], params=evidence.SETTINGS)
 
     run = the_run(home)
     assert run.info.run_name == "vit_tiny/4 64x3 5 epochs (longer)"
@@ -169,7 +170,11 @@ def test_a_row_says_what_was_trained_on_what(home: Path, monkeypatch: pytest.Mon
     assert run.data.tags["dvc.models/teacher.safetensors"] == tracking.workspace.file_md5(home / paths.TEACHER)
     assert run.data.tags["health"] == run.data.tags["pretrain.health.state"] == "healthy"
     assert (run.data.tags["dvc.exp_name"], run.data.tags["prefect.flow_run_id"]) == ("longer", "f1")
-    assert "| k-NN (k 10)&emsp; | 0.8000 (0.7900 to 0.8100)&emsp; |" in run.data.tags["mlflow.note.content"]
+    note = run.data.tags["mlflow.note.content"]
+    assert note.startswith("The trained backbone beats the untrained network but stays behind raw pixels")
+    assert "| k-NN (k 10)&emsp; | 0.8000 (0.7900 to 0.8100)&emsp; |" in note
+    assert "Registered as [dino, version 1](#/models/dino/versions/1)." in note
+    assert f"![Scores](get-artifact?path=report/scores.png&run_uuid={run.info.run_id})" in note
     md5s = {d.dataset.name: d.dataset.digest for d in run.inputs.dataset_inputs}
     assert md5s["digits/train"] == tracking.workspace.file_md5(home / paths.TRAIN_IMAGES)
     (train_input,) = [d for d in run.inputs.dataset_inputs if d.dataset.name == "digits/train"]
