@@ -19,11 +19,13 @@ from typing import Any
 from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
+from prefect.exceptions import CancelledRun, FailedRun
 from prefect.futures import PrefectFuture, wait
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Completed, Failed
+from prefect.states import Cancelled, Completed, Failed
 
 from pipelines import artifacts, paths, stage_task, summary
+from pipelines.cancelling import heeding_cancellation
 from pipelines.graph import Graph, stage_graph, stages_for
 from pipelines.local_server import local_server
 from pipelines.runner import StageResult, StageRunner
@@ -49,10 +51,12 @@ def pipeline(targets: list[str] | None = None, force: bool = False) -> State:
     graph = stage_graph()
     plan = stages_for(graph, targets or [])
     results: dict[str, StageResult] = {}
-    with StageRunner(force=force, env=flow_run_environment()) as runner:
+    with StageRunner(force=force, env=flow_run_environment()) as runner, heeding_cancellation(runner):
         run_stages(plan, results, runner, load().runtime.stages)
     artifacts.show_run(plan, results, whole=plan == graph)
     words = "\n".join(summary.last_words(plan, results, time.monotonic() - began))
+    if summary.cancelled(results):
+        return Cancelled(message=words)
     return Completed(message=words) if summary.succeeded(plan, results) else Failed(message=words)
 
 
@@ -63,7 +67,7 @@ def run_stages(
     rules: Any,
     after: Sequence[PrefectFuture[State]] = (),
 ) -> list[PrefectFuture[State]]:
-    """One task a stage, each when those that it needs are done; returns them when none is left that can run.
+    """One task a stage, each when those that it needs are done; returns the last ones when none is left that can run.
 
     Args:
         plan: The stages, and what each needs.
@@ -79,7 +83,8 @@ def run_stages(
             before = [futures[need] for need in needs] or list(after)
             futures[stage] = stage_task.submit(stage, work, results, after=before, rules=rules.of(stage))
         wait(list(futures.values()))
-        return list(futures.values())
+        needed = {need for needs in plan.values() for need in needs}
+        return [future for stage, future in futures.items() if stage not in needed]
     except BaseException:  # Ctrl-C, or Prefect cancels the run
         if runner.running:
             get_run_logger().warning(
@@ -100,7 +105,15 @@ def _not_said_by_us(record: logging.LogRecord) -> bool:
     """Whether a line of Prefect's is news: it tells a run's end as `Failed(message='...')`, we as a sentence."""
     text = record.getMessage()
     told_by_us = ("Finished in state", "Task run failed with state", "Crash detected! Execution was aborted by")
+    if record.exc_info and isinstance(record.exc_info[1], CancelledRun | FailedRun):
+        return False
     return not text.startswith(told_by_us) or " - Retry " in text
+
+
+def tell_once() -> None:
+    """Leave out what Prefect says a second time."""
+    for name in ("prefect.flow_runs", "prefect.task_runs", "prefect.engine"):
+        logging.getLogger(name).addFilter(_not_said_by_us)
 
 
 def server_of_our_own(port: int = 0) -> None:
@@ -116,8 +129,7 @@ def server_of_our_own(port: int = 0) -> None:
 
 def run_command(work: Callable[[], int]) -> int:
     """Do the work of a command that runs flows; where it fails, say so in one message. Its exit code."""
-    for name in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(name).addFilter(_not_said_by_us)
+    tell_once()
     try:
         return work()
     except (ValueError, OSError) as error:

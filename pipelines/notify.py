@@ -5,6 +5,7 @@ import os
 import re
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from urllib.parse import urlsplit
 
 WAIT_SECONDS = 10.0
@@ -31,5 +32,5 @@ def tell(webhook: str, text: str) -> str:
         return f"{host} was not told: it answered {error.code} {error.reason}"
     except urllib.error.URLError as error:
         return f"{host} was not told: {error.reason}"
-    except (OSError, ValueError) as error:  # a timeout; an address that is none, which the error would repeat
+    except (OSError, HTTPException, ValueError) as error:  # a timeout; an address that is none: the error repeats it
         return f"{host} was not told: {type(error).__name__}"

@@ -14,6 +14,8 @@ DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_API_HOST": "127.0.0.1",
+    # In memory, the slots that flows hold would never be free again after a restart of the server.
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     # Prefect's own 20 s are near what a first start costs (a new database, a slow disk).
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
     # "12:30:01 | knn | 10,000 of 10,000", not "12:30:01.482 | INFO    | Task run 'knn' - 10,000 of 10,000".

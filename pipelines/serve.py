@@ -9,6 +9,7 @@ Exit code: 0 after Ctrl-C or TERM, 1 when it could not begin.
 import argparse
 import asyncio
 import re
+import signal
 import socket
 import sys
 import time
@@ -105,6 +106,7 @@ def serve(times: Schedule, name: str, *, queue: bool) -> None:
         name, schedule=times, entrypoint_type=EntrypointType.MODULE_PATH, tags=["dino"]
     )
     runner.add_deployment(deployment)
+    runner.handle_sigterm = lambda *_: signal.raise_signal(signal.SIGINT)  # type: ignore[method-assign] # in order, too
     asyncio.run(runner.start())
 
 

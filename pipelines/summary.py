@@ -20,6 +20,11 @@ def failed(results: Iterable[StageResult]) -> list[StageResult]:
     return [result for result in results if result.outcome in (Outcome.FAILED, Outcome.OVERTIME)]
 
 
+def cancelled(results: Results) -> bool:
+    """Whether a stage was ended because the run was."""
+    return any(result.outcome is Outcome.CANCELLED for result in results.values())
+
+
 def unchanged(results: Results) -> bool:
     """Whether nothing was done at all."""
     return all(result.outcome is Outcome.UNCHANGED for result in results.values())

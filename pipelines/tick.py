@@ -27,7 +27,8 @@ from prefect.futures import PrefectFuture, wait
 from prefect.states import Cancelled, Completed, Crashed, Failed
 
 from pipelines import artifacts, exchange, notify, paths, stage_task, summary
-from pipelines.flow import flow_run_environment, run_command, run_stages, server_of_our_own
+from pipelines.cancelling import heeding_cancellation
+from pipelines.flow import flow_run_environment, run_command, run_stages, server_of_our_own, tell_once
 from pipelines.graph import Graph, outside, stage_graph
 from pipelines.lock import hold, holder
 from pipelines.runner import Outcome, StageResult, StageRunner
@@ -49,6 +50,7 @@ def tick() -> State:
     """
     from pipelines.params import load  # here: it checks by dino's own rules, and a flow is loaded without dino
 
+    tell_once()
     run = _this_run()
     if other := holder(LOCK):
         return Cancelled(message=f"A tick runs here already ({other}): this one is left out")
@@ -64,7 +66,7 @@ def tick() -> State:
             state = _work(settings)
         except (ValueError, OSError) as error:  # what is wrong with params.yaml or dvc.yaml
             state = Failed(message=str(error))
-        if webhook and state.name != UNCHANGED:
+        if webhook and not state.is_cancelled() and state.name != UNCHANGED:
             get_run_logger().info(notify.tell(webhook, f"{paths.real_root().name}: {state.message}"))
     return state
 
@@ -76,7 +78,7 @@ def _work(settings: Any) -> State:
     steps: Graph = {exchange.IN: (), **graph, PROMOTE: (), exchange.OUT: ()}
     results: dict[str, StageResult] = {}
     notes: list[str] = []
-    with StageRunner(env=flow_run_environment()) as runner:
+    with StageRunner(env=flow_run_environment()) as runner, heeding_cancellation(runner):
 
         def step(name: str, work: stage_task.Work, after: list[PrefectFuture[State]]) -> list[PrefectFuture[State]]:
             """Run a step that is no stage, to its end."""
@@ -93,6 +95,8 @@ def _work(settings: Any) -> State:
     seconds = time.monotonic() - began
     artifacts.show_run(steps, results, whole=True, more=notes)
     words = "\n".join([*summary.last_words(graph, results, seconds), *notes])
+    if summary.cancelled(results):
+        return Cancelled(message=words)
     if not summary.succeeded(steps, results):
         return Failed(message=words)
     return Completed(name=UNCHANGED, message=words) if summary.unchanged(results) else Completed(message=words)
@@ -121,7 +125,8 @@ def promote(settings: Any, notes: list[str], say: stage_task.Say) -> StageResult
     if address:
         artifacts.show_row(address)
         notes.append(f"MLflow: {address}")
-    return result(Outcome.RAN, 0, time.monotonic() - began, (decision.words,))
+    outcome = Outcome.RAN if decision.version else Outcome.UNCHANGED
+    return result(outcome, 0, time.monotonic() - began, (decision.words,))
 
 
 def last_began() -> datetime | None:

@@ -19,7 +19,7 @@ ALLOWED_IN_DINO = {"torch", "torchvision", "numpy", "pyarrow", "safetensors"}
 EXTRAS_OF_DINO = {"onnx", "onnxruntime", "timm", "PIL"}
 HOMES = {
     "mlflow": {"pipelines/mlflow_store.py", "pipelines/registry.py", "pipelines/served.py"},
-    "prefect": {f"pipelines/{name}.py" for name in ("flow", "stage_task", "artifacts", "tick", "serve")},
+    "prefect": {f"pipelines/{name}.py" for name in ("flow", "stage_task", "artifacts", "cancelling", "tick", "serve")},
     "dvc": {"pipelines/graph.py", "pipelines/served.py"},
     "pydantic": {"pipelines/params.py"},
     "yaml": {"pipelines/params.py", "pipelines/workspace.py"},  # params.yaml; dvc.lock
@@ -48,7 +48,18 @@ PLUMBING = {"dino/__init__.py"} | {
         ),
         *("tracking", "mlflow_store", "row", "view", "workspace", "sync", "ui", "table"),
         *("stages/__init__", "ending", "lock", "save_clock", "states", "scratch", "differences", "seconds"),
-        *("graph", "runner", "warden", "flow", "stage_task", "artifacts", "local_server", "summary", "recipe"),
+        *(
+            "graph",
+            "runner",
+            "warden",
+            "flow",
+            "stage_task",
+            "artifacts",
+            "cancelling",
+            "local_server",
+            "summary",
+            "recipe",
+        ),
         *("tick", "exchange", "champion", "notify", "serve"),
         *("verify", "promote", "trace", "origin"),
         *("sweep", "variants", "experiment", "sweep_record", "sweep_schedule", "sweep_screen", "sweep_table"),

@@ -6,15 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
-from toy import MEET, PROJECT, TRAIN, lives, pid_in, repository, wait_until
+from prefect_witness import ask, environment
+from toy import MEET, TRAIN, lives, pid_in, repository, wait_until
 
 from pipelines.flow import main
 from pipelines.local_server import local_server
@@ -50,21 +49,15 @@ class Prefect:
 
     def __init__(self, address: str):
         self.address = address
-        self.run = self.ask("flow_runs/filter", sort="START_TIME_DESC", limit=1)[0]
+        self.run = ask(address, "flow_runs/filter", sort="START_TIME_DESC", limit=1)[0]
         self.id = self.run["id"]
-
-    def ask(self, path: str, **body: Any) -> Any:
-        data = json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.address}/{path}", data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request) as answer:
-            return json.load(answer)
 
     def tasks(self, names: set[str]) -> dict[str, str]:
         """{task: state}, once the server has recorded all that are expected to have ended."""
         found: dict[str, str] = {}
 
         def complete() -> bool:
-            tasks = self.ask("task_runs/filter", flow_runs={"id": {"any_": [self.id]}})
+            tasks = ask(self.address, "task_runs/filter", flow_runs={"id": {"any_": [self.id]}})
             found.update({task["name"]: task["state_name"] for task in tasks})
             return names <= set(found) and "Running" not in found.values()
 
@@ -72,21 +65,15 @@ class Prefect:
         return found
 
     def logs(self) -> list[str]:
-        found = self.ask("logs/filter", logs={"flow_run_id": {"any_": [self.id]}}, limit=200)
+        found = ask(self.address, "logs/filter", logs={"flow_run_id": {"any_": [self.id]}}, limit=200)
         return [log["message"] for log in found]
 
     def page(self) -> str:
-        return self.ask("artifacts/filter", artifacts={"flow_run_id": {"any_": [self.id]}})[0]["data"]
+        return ask(self.address, "artifacts/filter", artifacts={"flow_run_id": {"any_": [self.id]}})[0]["data"]
 
 
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pipelines.flow", *arguments]
-
-
-def environment(server: str | None, home: Path) -> dict[str, str]:
-    """As in a plain terminal; without `server`, the flow starts its own."""
-    names = {"PYTHONPATH": str(PROJECT), "PREFECT_HOME": str(home)} | ({"PREFECT_API_URL": server} if server else {})
-    return {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_API")} | names
 
 
 def test_flow_is_dvcs_graph_with_siblings_in_parallel_and_runs_once(tmp_path, server, monkeypatch, capsys):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.progress import progress
+from pipelines.progress import heard, progress
 
 
 def lines(capsys: pytest.CaptureFixture[str], advances: int) -> list[str]:
@@ -32,3 +32,16 @@ def test_no_number_of_seconds_is_one_clear_error(text: str, monkeypatch: pytest.
         progress("", 1),
     ):
         pass
+
+
+def test_a_line_of_progress_is_read_back(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DINO_PROGRESS_SECONDS", "0")
+    with progress("pretrain:", 54_000) as advance:
+        advance(13_500, "loss 4.21")
+    line = capsys.readouterr().out.strip()
+    found = heard(line)
+    assert found is not None
+    assert found[0] == 25.0
+    assert f"pretrain: {found[1]}" == line and "left; loss 4.21" in found[1]
+    assert heard("pretrain: 54,000 images, 5 epochs") is None
+    assert heard("") is None

@@ -160,3 +160,40 @@ def test_killing_the_parent_with_9_leaves_no_stage_behind(tmp_path):
     parent.wait()
     wait_until(lambda: not lives(pid))
     assert (root / "saved").read_text() == "whole"
+
+
+def test_a_time_limit_ends_the_process_group_after_the_trainer_has_saved(tmp_path):
+    root = repository(tmp_path, {"train": ([], TRAIN.format(slow=0.2))})
+    with StageRunner() as runner:
+        result = runner.run("train", lambda line: None, limit_minutes=3 / 60)
+    assert result.outcome is Outcome.OVERTIME
+    assert 3 <= result.seconds < 60
+    assert not lives(pid_in(root / "pid"))
+    assert (root / "saved").read_text() == "whole"
+
+
+def test_who_ends_in_time_is_left_alone(tmp_path):
+    repository(tmp_path, {"a": ([], "")})
+    with StageRunner() as runner:
+        assert runner.run("a", lambda line: None, limit_minutes=1).outcome is Outcome.RAN
+
+
+def test_a_failure_names_its_log_and_the_command_to_run_it_again(tmp_path):
+    repository(tmp_path, {"a": ([], "for i in range(50): print('line', i)\nraise SystemExit(1)")})
+    with StageRunner() as runner:
+        failed = runner.run("a", lambda line: None)
+        assert failed.log is not None
+        assert [f"line {i}" for i in range(50)] == failed.log.read_text().splitlines()[1:51]
+        assert failed.rerun.endswith(" a")
+        assert runner.dvc("step", ["fetch", "--nonsense"], lambda line: None).rerun == "dvc fetch --nonsense"
+
+
+def test_whether_a_stage_would_run_is_known_without_running_it(tmp_path):
+    root = repository(tmp_path, {"a": ([], "")})
+    with StageRunner() as runner:
+        assert runner.would_run("a")
+        assert not (root / "a.out").exists()
+        runner.run("a", lambda line: None)
+        assert not runner.would_run("a")
+    with StageRunner(force=True) as forced:
+        assert forced.would_run("a")
