@@ -4,8 +4,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -162,12 +164,32 @@ def test_killing_the_parent_with_9_leaves_no_stage_behind(tmp_path):
     assert (root / "saved").read_text() == "whole"
 
 
-def test_a_time_limit_ends_the_process_group_after_the_trainer_has_saved(tmp_path):
+def test_a_time_limit_ends_the_process_group_after_the_trainer_has_saved(tmp_path, monkeypatch):
+    """The clock is the test's own, so that its time is over when the trainer trains, however busy the machine is."""
     root = repository(tmp_path, {"train": ([], TRAIN.format(slow=0.2))})
+    clocks: list[Any] = []
+
+    class Clock:
+        def __init__(self, seconds: float, end: Callable[[], None]):
+            self.seconds, self.end, self.running, self.daemon = seconds, end, False, False
+            clocks.append(self)
+
+        def start(self) -> None:
+            self.running = True
+
+        def cancel(self) -> None:
+            self.running = False
+
+    monkeypatch.setattr(threading, "Timer", Clock)
+
+    def when_it_trains(line: str) -> None:
+        if line == "training" and clocks[0].running:
+            clocks[0].end()
+
     with StageRunner() as runner:
-        result = runner.run("train", lambda line: None, limit_minutes=3 / 60)
+        result = runner.run("train", when_it_trains, limit_minutes=90)
     assert result.outcome is Outcome.OVERTIME
-    assert 3 <= result.seconds < 60
+    assert clocks[0].seconds == 5400 and not clocks[0].running
     assert not lives(pid_in(root / "pid"))
     assert (root / "saved").read_text() == "whole"
 
