@@ -1,6 +1,7 @@
 """One Prefect task for a stage, or a step of a tick: its state, its live output, how far it is, its turn on the GPU."""
 
 import socket
+import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -92,16 +93,15 @@ def hold_gpu_slot(slot: ExitStack, say: Say, ended: Callable[[], bool]) -> bool:
 
     The limit is made, with one slot, where there is none; `prefect gcl update` changes it.
     """
-    name = gpu_slot()
-    with get_client(sync_client=True) as client:
-        try:
-            client.read_global_concurrency_limit_by_name(name)
-        except ObjectNotFound:
-            with suppress(ObjectAlreadyExists):  # another flow was faster
-                client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
-    told = False
+    name, told = gpu_slot(), False
     while not ended():
-        try:
+        if not _is_free(name):
+            if not told:
+                say(f"waiting for slot {name}: another flow holds it (`prefect gcl inspect {name}`)")
+                told = True
+            time.sleep(ASK_SECONDS)
+            continue
+        with suppress(TimeoutError):  # another flow was faster
             # A lost lease (a server that was started anew) must not end a training of days.
             slot.enter_context(
                 concurrency(
@@ -113,11 +113,19 @@ def hold_gpu_slot(slot: ExitStack, say: Say, ended: Callable[[], bool]) -> bool:
                 )
             )
             return True
-        except TimeoutError:
-            if not told:
-                say(f"waiting for slot {name}: another flow holds it (`prefect gcl inspect {name}`)")
-                told = True
     return False
+
+
+def _is_free(name: str) -> bool:
+    """Whether a limit has a free slot; it is made if there is none."""
+    with get_client(sync_client=True) as client:
+        try:
+            limit = client.read_global_concurrency_limit_by_name(name)
+        except ObjectNotFound:
+            with suppress(ObjectAlreadyExists):  # another flow was faster
+                client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
+            return True
+        return limit.active_slots < limit.limit
 
 
 class ProgressBar:

@@ -49,12 +49,21 @@ def server(one_server: Server) -> Server:
     return one_server
 
 
+def toy(tmp_path: Path, script: str, **rules: object) -> Path:
+    """One stage, in a folder that names a deployment of its own: late runs of another test's would be run too."""
+    plain = {"retries": 0, "delay_seconds": 0.5, "limit_minutes": None, "gpu": False}
+    tmp_path.mkdir(exist_ok=True)
+    return repository(
+        tmp_path / tmp_path.name, {"pretrain": ([], script)}, {"stages": {"pretrain": {**plain, **rules}}}
+    )
+
+
 def serve(*options: str) -> list[str]:
     return [sys.executable, "-m", "pipelines.serve", *options]
 
 
 def test_ticks_run_what_changed_say_when_nothing_did_and_outlive_a_servers_restart(tmp_path, server):
-    root = repository(tmp_path / "toy", {"pretrain": ([], READS)})
+    root = toy(tmp_path, READS)
     described = (root / "dvc.yaml").read_text().replace("- pretrain.py", "- pretrain.py\n    - watched")
     (root / "dvc.yaml").write_text(described)
     (root / "watched").write_text("first")
@@ -78,7 +87,7 @@ def test_ticks_run_what_changed_say_when_nothing_did_and_outlive_a_servers_resta
 
 
 def test_a_tick_while_one_runs_is_cancelled(tmp_path, server):
-    root = repository(tmp_path / "toy", {"pretrain": ([], SLOW.format(25))})
+    root = toy(tmp_path, SLOW.format(25))
     with started(serve("--every", "5s"), root, server, "serve.log"):
         wait_until(lambda: server.count("Completed") == 1)
     cancelled = [run["state"]["message"] for run in server.runs("Cancelled")]
@@ -87,7 +96,7 @@ def test_a_tick_while_one_runs_is_cancelled(tmp_path, server):
 
 
 def test_a_tick_while_one_runs_waits_on_request_and_all_that_were_missed_meanwhile_are_one(tmp_path, server):
-    root = repository(tmp_path / "toy", {"pretrain": ([], SLOW.format(25))})
+    root = toy(tmp_path, SLOW.format(25))
     with started(serve("--every", "5s", "--queue"), root, server, "serve.log"):
         wait_until(lambda: server.count("Completed") == 1)
         first = server.runs("Completed")[0]
@@ -101,7 +110,7 @@ def test_a_tick_while_one_runs_waits_on_request_and_all_that_were_missed_meanwhi
 
 
 def test_of_the_ticks_missed_while_nobody_served_one_runs_and_what_was_killed_is_called_crashed(tmp_path, server):
-    root = repository(tmp_path / "toy", {"pretrain": ([], RESUMES)})
+    root = toy(tmp_path, RESUMES)
     with started(serve("--every", "3s"), root, server, "serve.log") as serving:
         pid = pid_in(root / "pid")
         flow = [run for run in server.runs("Running") if run["total_run_time"] >= 0]
@@ -142,7 +151,7 @@ def prefect(root: Path, server: Server, *arguments: str) -> str:
 
 
 def test_a_cancelled_tick_lets_the_trainer_save_and_the_next_one_resumes(tmp_path, server):
-    root = repository(tmp_path / "toy", {"pretrain": ([], RESUMES)})
+    root = toy(tmp_path, RESUMES)
     with started(serve("--every", "30s"), root, server, "serve.log"):
         pid = pid_in(root / "pid")
         prefect(root, server, "flow-run", "cancel", server.runs("Running")[0]["id"])
@@ -155,7 +164,7 @@ def test_a_cancelled_tick_lets_the_trainer_save_and_the_next_one_resumes(tmp_pat
 
 
 def test_a_flow_started_by_hand_can_be_cancelled_too(tmp_path, server):
-    root = repository(tmp_path / "toy", {"pretrain": ([], RESUMES)})
+    root = toy(tmp_path, RESUMES)
     with started([sys.executable, "-m", "pipelines.flow"], root, server, "flow.log") as flow:
         pid = pid_in(root / "pid")
         prefect(root, server, "flow-run", "cancel", server.runs("Running")[0]["id"])
@@ -176,10 +185,7 @@ began = time.time()
 time.sleep(6)
 pathlib.Path("times").write_text(f"{began} {time.time()}")
 """
-    rules = {"retries": 1, "delay_seconds": 0.5, "limit_minutes": None, "gpu": True}
-    roots = [
-        repository(tmp_path / name, {"pretrain": ([], fails_once)}, {"stages": {"pretrain": rules}}) for name in "ab"
-    ]
+    roots = [toy(tmp_path / name, fails_once, retries=1, gpu=True) for name in "ab"]
     command = [sys.executable, "-m", "pipelines.flow"]
     with started(command, roots[0], server, "flow.log") as one, started(command, roots[1], server, "flow.log") as other:
         assert (one.wait(170), other.wait(170)) == (0, 0)
@@ -192,8 +198,30 @@ pathlib.Path("times").write_text(f"{began} {time.time()}")
     assert all("Retry 1/1" in words and "a lost connection" in words for words in said)
 
 
+def test_a_time_limit_lets_the_trainer_save_and_fails_the_run_with_words(tmp_path, server):
+    root = toy(tmp_path, RESUMES, limit_minutes=0.5, retries=3)
+    done = run_flow(root, server)
+    assert done.returncode == 1
+    assert "pretrain was ended at its time limit, after 0." in done.stdout
+    assert ".work/logs/pretrain.log" in done.stdout
+    assert (root / "saved").read_text() == "half"
+    assert not lives(pid_in(root / "pid"))
+    assert run_flow(root, server).returncode == 0  # the next run resumes
+
+
+def run_flow(root: Path, server: Server) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipelines.flow"],
+        cwd=root,
+        env=environment(server.address, server.home),
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
+
+
 def test_the_deployment_of_prefect_yaml_runs_by_a_process_worker_and_can_be_cancelled(tmp_path, server):
-    root = repository(tmp_path / "toy", {"pretrain": ([], RESUMES)})
+    root = toy(tmp_path, RESUMES)
     (root / "prefect.yaml").write_text((PROJECT / "prefect.yaml").read_text())
     prefect(root, server, "work-pool", "create", "dino", "--type", "process")
     prefect(root, server, "--no-prompt", "deploy", "--all")
