@@ -105,6 +105,8 @@ def test_a_failing_stage_fails_the_flow_its_siblings_finish_its_dependants_dont_
     told = capsys.readouterr().out.splitlines()
     assert told[0] == "broken failed. Its last lines:"
     assert "    no such [thing]" in told
+    assert "All that it said: .work/logs/broken.log" in told
+    assert "no such [thing]" in Path(".work/logs/broken.log").read_text()
     assert "Not started, as they need it: after, last" in told
     assert told[-1].startswith("When that is mended: ")
     assert told[-1].endswith(" broken")
