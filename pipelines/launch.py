@@ -15,6 +15,7 @@ from pipelines.ending import EXIT_REQUEUE
 
 PROCESSES = "DINO_PROCESSES"
 LOOPBACK = "127.0.0.1"
+SAVE_SECONDS = 600  # that processes have after TERM, as large states take; torchrun's own: 30
 
 
 def processes() -> int:
@@ -62,6 +63,8 @@ def across(count: int, module: str) -> None:
         max_restarts=0,  # a stage resumes by being run again: whoever runs it decides
         monitor_interval=0.1,
     )
+    if hasattr(config, "shutdown_timeout"):  # not in torch 2.11
+        config.shutdown_timeout = SAVE_SECONDS
     try:
         elastic_launch(config, sys.executable)("-u", "-m", module)
     except SignalException:  # it has passed the signal on and waited

@@ -1,6 +1,7 @@
 """How a stage runs: settings in, user errors as one clear message, an exit code out."""
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -8,13 +9,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 
 from dino.files import in_words
-from pipelines import launch, params, paths, shortage
+from pipelines import ending, launch, params, paths, shortage
 from pipelines.ending import EXIT_REQUEUE
 from pipelines.lock import hold
 from pipelines.seconds import note_seconds
 
 USER_ERRORS = (ValueError, FloatingPointError, OSError)
 EXIT_ERROR = 1
+FIRST_RANK_SECONDS = 5.0  # torchrun sees within .1 s that a process has ended
 SHOW_TRACEBACK = "DINO_TRACEBACK"
 
 
@@ -53,10 +55,19 @@ def run_command(name: str, work: Callable[[], None]) -> None:
     except (*USER_ERRORS, MemoryError, RuntimeError) as error:
         if not isinstance(error, USER_ERRORS) and not shortage.lacks_memory(error):
             raise  # a fault of ours: its place in the code is what counts
+        if os.environ.get("RANK", "0") != "0":
+            _let_the_first_rank_speak()
         if os.environ.get(SHOW_TRACEBACK):
             traceback.print_exc()
         print(f"\n{name} failed: {told(error)}\n(set {SHOW_TRACEBACK}=1 to see where in the code)", file=sys.stderr)
         sys.exit(EXIT_ERROR)
+
+
+def _let_the_first_rank_speak() -> None:
+    """Most errors come to all ranks at once: the first tells it, and torchrun ends this one while it waits."""
+    for number in ending.FINAL:
+        signal.signal(number, signal.SIG_DFL)
+    time.sleep(FIRST_RANK_SECONDS)
 
 
 def positive(text: str) -> int:

@@ -408,7 +408,9 @@ def test_a_server_that_comes_back_gets_what_it_missed(home: Path, capsys: pytest
     assert "MLflow answers again" in capsys.readouterr().err
 
 
-def test_a_locked_database_delays_no_training(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_locked_database_delays_no_training(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import sqlite3
 
     train([])
@@ -423,6 +425,28 @@ def test_a_locked_database_delays_no_training(home: Path, monkeypatch: pytest.Mo
         blocker.execute("rollback")
         blocker.close()
     assert time.monotonic() - started < 15  # mlflow's own patience is 20 s a call
+    assert "is not up to date" in (said := capsys.readouterr().err) and "pipelines.sync" in said
+
+
+@pytest.mark.acceptance  # MLflow itself waits 20 s for a lock
+def test_curves_arrive_when_a_locked_database_is_free_again(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sqlite3
+
+    train([])
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.2)
+    with tracking.pretraining(evidence.SETTINGS, "k1") as tracker:
+        blocker = sqlite3.connect(home / "mlflow.db", isolation_level=None)
+        blocker.execute("begin exclusive")
+        tracker.log_curve_points(evidence.curve_points())
+        patience = time.monotonic() + 60
+        while "is not up to date" not in capsys.readouterr().err and time.monotonic() < patience:
+            time.sleep(0.1)
+        blocker.execute("rollback")
+        blocker.close()
+    assert time.monotonic() < patience
+    assert witness.curve(home, "loss") == [(step, values["loss"]) for step, values in evidence.curve_points()]
 
 
 # Words
