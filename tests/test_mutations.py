@@ -9,16 +9,33 @@ from pathlib import Path
 
 import pytest
 from mutations import MUTATIONS, Mutation, table
+from unguarded import UNGUARDED
 
 ROOT = Path(__file__).parents[1]
-NEEDED = ("dino", "tests/dino", "tests/golden", "pyproject.toml")
+NEEDED = ("dino", "pipelines", "tests", "weights", "params.yaml", "dvc.yaml", "pyproject.toml")
+ALL = [*MUTATIONS, *UNGUARDED]
 SLOW_TO_IMPORT = ["torch", "torch._dynamo", "torchvision.transforms.v2", "scipy.stats", "pytest"]
 TESTS_FAILED = 1  # pytest's exit code; 2 to 5: it could not even run them
 MAX_SECONDS = 600
+CRASHES = ("NameError", "SyntaxError", "ImportError", "AttributeError")  # a defect that is no running code
 
 
 def test_the_readme_lists_every_defect() -> None:
-    assert table() in (ROOT / "tests" / "README.md").read_text()
+    readme = (ROOT / "tests" / "README.md").read_text()
+    assert table(MUTATIONS) in readme and table(UNGUARDED) in readme
+
+
+def test_every_defect_still_has_its_place_and_its_test() -> None:
+    for mutation in ALL:
+        healthy = (ROOT / mutation.file).read_text()
+        assert healthy.count(mutation.old) == 1, f"{mutation.file} has changed: renew {mutation.defect!r}"
+        file, _, name = mutation.test.partition("::")
+        assert f"def {name.partition('[')[0]}(" in (ROOT / place(file)).read_text()
+
+
+def place(test: str) -> str:
+    """Below tests/dino, or below tests/ where it names its folder."""
+    return f"tests/{test}" if "/" in test.partition("::")[0] else f"tests/dino/{test}"
 
 
 def in_a_fork(tree: Path, tests: list[str], log: Path) -> None:
@@ -27,7 +44,7 @@ def in_a_fork(tree: Path, tests: list[str], log: Path) -> None:
     sys.path.insert(0, str(tree))
     sys.dont_write_bytecode = True  # one second's edits would look alike
     with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", *(f"tests/dino/{t}" for t in tests)])
+        code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", *map(place, tests)])
     os._exit(code)
 
 
@@ -56,22 +73,23 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, target)
-    code, output = run_tests(copy, sorted({m.test for m in MUTATIONS}))
+    code, output = run_tests(copy, sorted({m.test for m in ALL}))
     assert code == 0, output
     return copy
 
 
 @pytest.mark.acceptance
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=[m.defect for m in MUTATIONS])
+@pytest.mark.parametrize("mutation", ALL, ids=[m.defect for m in ALL])
 def test_a_deliberate_defect_is_caught(mutation: Mutation, tree: Path) -> None:
     file = tree / mutation.file
     healthy = file.read_text()
-    assert healthy.count(mutation.old) == 1, f"{mutation.file} has changed: renew this pair in tests/mutations.py"
     try:
         file.write_text(healthy.replace(mutation.old, mutation.new))
         code, output = run_tests(tree, [mutation.test])
     finally:
         file.write_text(healthy)
     assert code == TESTS_FAILED, f"not caught: {mutation.defect}\n{output}"
-    # a law that is broken, not a line that crashes
-    assert "AssertionError" in output or "DID NOT RAISE" in output or "E       assert " in output, output
+    # a law that is broken, not a line that crashes; without a guard, the fault itself may be what the test meets
+    if mutation in MUTATIONS:
+        assert "AssertionError" in output or "DID NOT RAISE" in output or "E       assert " in output, output
+    assert not any(f"E   {error}" in output.replace("E       ", "E   ") for error in CRASHES), output

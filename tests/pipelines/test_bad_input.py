@@ -1,6 +1,6 @@
 """Bad input at every door: whatever a file holds, a stage succeeds or fails with one clear error, and loses nothing.
 
-The files are those that embed, knn, probe, linear and report read. Fuzzed by hypothesis, with a fixed seed.
+The files are those that select, embed, knn, probe, linear and report read. Fuzzed by hypothesis, with a fixed seed.
 """
 
 import copy
@@ -22,13 +22,16 @@ from results_folder import make_results
 from test_evaluate import prepared, small  # noqa: F401 (prepared: a fixture)
 from told import ended, tree
 
+from dino.checkpoint import load_tensors, save_tensors
 from pipelines import params, paths
-from pipelines.stages import embed, knn, linear, probe, report
+from pipelines.stages import embed, knn, linear, probe, report, select
 
 FEATURES = [str(paths.features_file(kind)) for kind in ("trained", "untrained", "pixels")]
 TABLES = [str(path) for path in paths.IMAGES.values()]
 METRICS = [f"metrics/{name}.json" for name in ("data", "pretrain", "select", "knn", "probe", "linear")]
+SNAPSHOT = str(paths.SNAPSHOTS / "epoch_0002.safetensors")
 READS = {
+    "select": [*TABLES[:2], SNAPSHOT, str(paths.LABELS)],
     "embed": [*TABLES, str(paths.TEACHER), "params.yaml"],
     "knn": [*FEATURES, str(paths.LABELS), "params.yaml"],
     "probe": [*FEATURES, str(paths.LABELS)],
@@ -37,7 +40,7 @@ READS = {
                str(paths.LABELS), TABLES[0], TABLES[2]],
 }  # fmt: skip
 MAINS: dict[str, Callable[[Any], None]] = {
-    "embed": embed.main, "knn": knn.main, "probe": probe.main, "linear": linear.main,
+    "select": select.main, "embed": embed.main, "knn": knn.main, "probe": probe.main, "linear": linear.main,
     "report": report.main
 }  # fmt: skip
 CURE = re.compile(
@@ -47,13 +50,27 @@ CURE = re.compile(
 
 @pytest.fixture(scope="module")
 def whole(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:  # noqa: F811
-    """Folders as a stage finds them: one for embed, knn, probe and linear, one for report."""
+    """Folders as a stage finds them: one for embed, knn, probe and linear, one for select, one for report."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(prepared)
         fitting = small(params.load(), probe={"epochs": 1}, linear={"epochs": 1}).model_dump(mode="json")
     (prepared / "params.yaml").write_text(yaml.safe_dump(fitting))
+    trained = shutil.copytree(prepared, tmp_path_factory.mktemp("trained"), dirs_exist_ok=True)
+    save_tensors(trained / SNAPSHOT, *with_epoch(*load_tensors(trained / paths.TEACHER)))
+    (trained / paths.TEACHER).unlink()
     reported = make_results(tmp_path_factory.mktemp("results"))
-    return {"embed": prepared, "knn": prepared, "probe": prepared, "linear": prepared, "report": reported}
+    return {
+        "select": trained,
+        "embed": prepared,
+        "knn": prepared,
+        "probe": prepared,
+        "linear": prepared,
+        "report": reported,
+    }
+
+
+def with_epoch(weights: dict[str, Any], facts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    return weights, facts | {"epoch": 2, "step": 14}
 
 
 @pytest.fixture
@@ -80,7 +97,8 @@ def run(
         assert code == 1 and said.count(f"{stage} failed: ") == 1 and "Traceback" not in said, said
         words = said.partition(f"{stage} failed: ")[2].partition("\n(set DINO_TRACEBACK")[0]
         assert len(words) < 2500, words
-        assert file in words or "params.yaml" in words or re.search(r"(knn|probe|embed)\.\w+", words), words
+        named = str(paths.SNAPSHOTS) if file == SNAPSHOT else file
+        assert named in words or "params.yaml" in words or re.search(r"(knn|probe|embed)\.\w+", words), words
         assert CURE.search(words), words
         assert tree(root) == before, "a failing stage wrote"
         return words
