@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TEAM_STAMP := $(VENV)/.installed-team
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DO_NOT_TRACK = true
 
@@ -29,7 +30,11 @@ test: $(STAMP) ## ruff, types, tests, and the whole pipeline on a tiny data set
 	mypy
 	OMP_NUM_THREADS=1 pytest -n 2 --dist loadscope --no-loadscope-reorder
 
-acceptance: $(STAMP) ## the long checks: kills, services, browsers
+$(TEAM_STAMP): $(STAMP) requirements-team.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-team.txt
+	@touch $@
+
+acceptance: $(TEAM_STAMP) ## the long checks: kills, services, browsers, a group's set-up
 	pytest -m acceptance
 
 ui: $(STAMP) ## MLflow's page of the runs, on 127.0.0.1 (elsewhere: HOST=..., read SECURITY.md first)

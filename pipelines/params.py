@@ -23,6 +23,7 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 MAX_BYTES = 1_000_000  # of params.yaml; the repository's own has some thousand
 PILLOWS_MAX_PIXELS = 178_956_970  # beyond it Pillow itself refuses an image
+PASSWORD_IN_ADDRESS = re.compile(r"://[^/@\s]*:[^/@\s]*@")
 CHECKPOINTS = ("last", "best")
 
 
@@ -146,6 +147,15 @@ class Tracking(Section):
     enabled: bool
     experiment: Annotated[str, Field(min_length=1)]
     uri: str | None
+
+    @model_validator(mode="after")
+    def _no_password(self) -> "Tracking":
+        if self.uri and PASSWORD_IN_ADDRESS.search(self.uri):
+            raise ValueError(
+                "uri holds a password, which git would keep: leave it out of the address, and set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+            )
+        return self
 
 
 class Promote(Section):

@@ -73,15 +73,9 @@ def served(uri: str, port: int, host: str = HOST) -> Iterator[str]:
     """
     artifacts = (paths.real_root() / "mlartifacts").as_uri()
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        uri,
-        "--artifacts-destination",
-        artifacts,
-        "--uvicorn-opts",
-        "--log-level=warning",
-    ]
+    command += ["--artifacts-destination", artifacts, "--uvicorn-opts", "--log-level=warning"]
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PYTHONWARNINGS": "ignore"}
+    database = {"MLFLOW_BACKEND_STORE_URI": uri}  # every user of the machine can read a command line
     log = paths.work_dir() / "ui.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w+", encoding="utf-8") as words:
@@ -90,7 +84,7 @@ def served(uri: str, port: int, host: str = HOST) -> Iterator[str]:
             stdin=subprocess.PIPE,  # the warden ends the server when this closes, so also when we are killed
             stdout=words,
             stderr=words,
-            env={**os.environ, **quiet},
+            env={**os.environ, **quiet, **database},
             start_new_session=True,
         )
         try:

@@ -108,6 +108,8 @@ WRONG = [
     ({"linear__scale": [0.5, 2]}, "linear.scale ends at 2: ", ["at most the whole image"]),
     ({"runtime__pretrain__save_minutes": 0}, "runtime.pretrain.save_minutes is 0: ", ["greater than 0"]),
     ({"runtime__tracking__experiment": ""}, "runtime.tracking.experiment is '': ", ["at least 1 character"]),
+    ({"runtime__tracking__uri": "http://me:hush@host:5000"}, "runtime.tracking.uri holds a password",
+     ["MLFLOW_TRACKING_PASSWORD in the environment"]),
 ]  # fmt: skip
 
 
@@ -119,6 +121,7 @@ def test_a_wrong_parameter_is_named_with_its_cure(
     assert line.startswith(start)
     for part in parts:
         assert part in line
+    assert "hush" not in line
 
 
 def test_a_missing_key_is_named_with_its_cure(tmp_path: Path) -> None:
