@@ -182,6 +182,10 @@ def numbers(table: pa.Table) -> Any:
     return [0.5] * len(table)
 
 
+def no_numbers(table: pa.Table) -> pa.Array:
+    return pa.array([[float("nan")] * 16] * len(table), table.schema.field("features").type)
+
+
 def one_missing(name: str) -> Callable[[pa.Table], Any]:
     return lambda table: pa.array([None, *table.column(name).to_pylist()[1:]], table.schema.field(name).type)
 
@@ -191,6 +195,7 @@ def one_missing(name: str) -> Callable[[pa.Table], Any]:
     [
         (FEATURES[0], retyped("features", numbers), "features are of type double"),
         (FEATURES[0], retyped("features", lambda t: [[float("nan")] * 16] * len(t)), "features are of type list"),
+        (FEATURES[0], retyped("features", no_numbers), "not all features are finite"),
         (FEATURES[0], retyped("features", one_missing("features")), "Expected all lists to be of size=16"),
         (FEATURES[0], retyped("id", one_missing("id")), "a value is missing"),
         (FEATURES[0], retyped("id", numbers), "split and id are of type string, double"),
