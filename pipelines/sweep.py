@@ -96,7 +96,7 @@ class Sweep:
             return
         state = "done" if commit else "failed"
         self.record.note(variant.name, state, reason=reason, seconds=round(time.monotonic() - began, 1), commit=commit)
-        told = "" if commit else f"failed: {reason}; all it said: {os.path.relpath(self.record.log(variant.name))}"
+        told = "" if commit else f"{failure(reason)}; all it said: {os.path.relpath(self.record.log(variant.name))}"
         self.screen.ended(called, told, ok=bool(commit))
 
     def experiment(
@@ -147,6 +147,11 @@ class Sweep:
         with self.git:
             experiment.bring_home(self.base, clone, variant.name)
         return "", commit_name
+
+
+def failure(reason: str) -> str:
+    """A reason that says that something failed."""
+    return reason if " failed" in reason else f"failed: {reason}"
 
 
 def reason_of(lines: Sequence[str]) -> str:

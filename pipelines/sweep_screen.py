@@ -19,7 +19,7 @@ class Running:
     """One that runs: since when, what it does, and when that was told last."""
 
     began: float = field(default_factory=time.monotonic)
-    stage: str = "clone"
+    stage: str = "starting"
     note: str = ""
     told: float = field(default_factory=time.monotonic)
 
@@ -90,7 +90,7 @@ class Screen:
         if not self.seconds:
             return ""
         left = self.mean - (time.monotonic() - one.began)
-        return f"; all of it about {clock(left)} more" if left > 0 else ""
+        return f"; about {clock(left)} to its end" if left > 0 else ""
 
     @property
     def mean(self) -> float:
@@ -109,10 +109,13 @@ class Screen:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """What runs, and how much is left."""
         with self.lock:
-            table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+            table = Table(box=None, padding=(0, 2, 0, 0), show_header=False, expand=True)
+            for ratio in (None, None, None, 1):  # the last one takes what is left, and is cut there
+                table.add_column(no_wrap=True, ratio=ratio)
             for name, one in self.running.items():
                 spent = clock(time.monotonic() - one.began)
-                table.add_row(name, one.stage, Text(f"{one.note}{self._left(one)}", style="dim"), spent)
+                left = self._left(one).removeprefix("; ")
+                table.add_row(name, spent, one.stage, Text(", ".join(filter(None, (left, one.note))), style="dim"))
             yield table
             yield Text(self._summary(), style="dim")
 

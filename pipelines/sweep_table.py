@@ -183,12 +183,14 @@ def remarks(table: SweepTable) -> list[str]:
         others = table.runs[(table.runs[val] >= row[f"{val}_low"]) & ~table.runs["best"]]
         lines += ["top-1, percent (95 % interval)", f"* best {title} on val"]
         if len(others):
-            lines[-1] += f"; its interval holds {len(others)} more: val can't tell them from it, --seeds might"
+            same = (others[val] == row[val]).sum()
+            equal = f" ({same} with the same score)" if same else ""
+            lines[-1] += f"; its interval holds {len(others)} more{equal}: val can't tell them from it, --seeds might"
         lines.append(f"`dvc exp apply {row['experiment']}` brings it here")
     elif (table.runs["state"] == "done").any():
         lines.append(f"No {title} on val, so none is marked (no labels, or another --score)")
     for _, row in table.runs[table.runs["state"] == "failed"].iterrows():
-        lines.append(f"{row['experiment']} failed: {row['reason']}")
+        lines.append(f"{row['experiment']}: {row['reason']}")
     return lines
 
 

@@ -31,15 +31,17 @@ def test_a_sweep_runs_beside_what_lies_here_and_again_only_what_is_missing(tmp_p
     command = ("pretrain.local_crops=2,3", "--jobs", "2", "--name", "first", "--out", "table.csv")
     done = sweep_toy.sweep(root, *command)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert (
-        "first-local_crops=3 failed: pretrain failed: the loss is not finite; lower pretrain.lr_at_256" in done.stdout
-    )
+    assert "first-local_crops=3: pretrain failed: the loss is not finite; lower pretrain.lr_at_256" in done.stdout
     assert {path: path.read_bytes() for path in before} == before
     assert [line for line in ran(root) if line.startswith("prepare")] == ["prepare lr 0.001 seed 0 crops 2"]
     listed = subprocess.run(
         ["git", "for-each-ref", "--format=%(refname:lstrip=4)", "refs/exps"], cwd=root, capture_output=True, text=True
     ).stdout.split()
     assert listed == ["first-local_crops=2"]
+    record = json.loads((root / ".work/sweeps/first/sweep.json").read_text())
+    show = ["git", "show", f"{record['variants'][listed[0]]['commit']}:toy.py"]
+    script = subprocess.run(show, cwd=root, capture_output=True, text=True).stdout
+    assert script.endswith("# not committed\n"), "what was not committed is part of it"
     rows = pd.read_csv(root / "table.csv")
     assert rows["state"].tolist() == ["done", "failed"] and rows["best"].tolist() == [True, False]
     count = len(ran(root))
