@@ -1,24 +1,20 @@
-"""MLflow's one home: a store opened without races, and rows that are completed, never doubled.
+"""MLflow's store: opened without races, and rows that are completed, never doubled.
 
 Importing mlflow costs about two seconds, so this module is imported where a row is really written (pipelines.tracking
 does it in its thread). Everything goes through MlflowClient with an explicit URI: no global state, no active run, and a
 failing evaluation can't mark the training's run as failed.
 """
 
-import fcntl
 import getpass
 import json
 import logging
 import os
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.data.dataset_source import DatasetSource
-from mlflow.data.dataset_source_registry import register_dataset_source
 from mlflow.entities import (
     Dataset,
     DatasetInput,
@@ -33,9 +29,10 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 
 from pipelines import origin, paths
+from pipelines.alone import alone
+from pipelines.dvc_source import DvcSource
 from pipelines.row import EvaluationContent, Lineage, RowContent
 from pipelines.view import EXPERIMENT_TAGS, describe
-from pipelines.workspace import file_md5
 
 # MLflow's own: seven retries of 120 s each. A result is safe in its JSON file, so a lost server may cost seconds only.
 for _variable, _value in (
@@ -58,7 +55,6 @@ CURVES_TAG = "dino.curves_md5"
 NOTE_TAG = "mlflow.note.content"
 PICTURES = {"report/scores.png": "Scores", "report/attention.png": "Attention", "report/neighbours.png": "Neighbours"}
 METRICS_A_BATCH, PARAMS_A_BATCH, TAGS_A_BATCH = 1000, 100, 100
-LOCK_SECONDS = 60.0
 # What trying again can't mend; everything else is a server or a database that is away.
 FINAL = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED", "INVALID_STATE")
 
@@ -68,59 +64,6 @@ def can_be_tried_again(error: Exception) -> bool:
     if isinstance(error, MlflowException):
         return error.error_code not in FINAL
     return isinstance(error, OSError)
-
-
-class _Alone:
-    """One process of this machine at a time: two at once can't create the database, and would say things twice.
-
-    A thread that holds it may take it again.
-    """
-
-    def __init__(self) -> None:
-        self._thread = threading.RLock()
-        self._file: TextIO | None = None
-        self._depth = 0
-
-    def __enter__(self) -> None:
-        """Wait for the lock.
-
-        Raises:
-            TimeoutError: another process held it for LOCK_SECONDS.
-        """
-        self._thread.acquire()
-        try:
-            if self._depth == 0:
-                self._file = self._locked()
-            self._depth += 1
-        except BaseException:
-            self._thread.release()
-            raise
-
-    def __exit__(self, *error: object) -> None:
-        """Let the next one in."""
-        self._depth -= 1
-        if self._depth == 0 and self._file:
-            self._file.close()  # and so unlocked
-            self._file = None
-        self._thread.release()
-
-    @staticmethod
-    def _locked() -> TextIO:
-        paths.work_dir().mkdir(parents=True, exist_ok=True)
-        file = (paths.work_dir() / "mlflow.lock").open("w")
-        patience = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return file
-            except BlockingIOError:
-                if time.monotonic() > patience:
-                    file.close()
-                    raise TimeoutError(f"another process held {file.name} for {LOCK_SECONDS:.0f} s") from None
-                time.sleep(0.05)
-
-
-alone = _Alone()
 
 
 def _now_ms() -> int:
@@ -208,54 +151,6 @@ def _artifacts(uri: str) -> str | None:
         return None
     folder = Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts"
     return folder.as_uri()
-
-
-class DvcSource(DatasetSource):
-    """A data set by path and DVC's md5: `mlflow.data.get_source(run.inputs.dataset_inputs[0])` gives one.
-
-    `load()` gives the file's path, if that very version lies there.
-    """
-
-    def __init__(self, path: str, md5: str) -> None:
-        """A file of the repository and its md5 in dvc.lock."""
-        self.path, self.md5 = path, md5
-
-    @staticmethod
-    def _get_source_type() -> str:
-        return "dvc"
-
-    def load(self) -> Path:
-        """The file in the working directory.
-
-        Raises:
-            FileNotFoundError: it is missing, or another version lies there.
-        """
-        path = Path(self.path)
-        if not path.is_file() or file_md5(path) != self.md5:
-            raise FileNotFoundError(
-                f"{path} with md5 {self.md5} does not lie here; check out the run's git commit, then: dvc pull {path}"
-            )
-        return path
-
-    @staticmethod
-    def _can_resolve(raw_source: Any) -> bool:
-        return False  # made from dvc.lock, never guessed from a path
-
-    @classmethod
-    def _resolve(cls, raw_source: Any) -> Self:
-        raise NotImplementedError("name the path and the md5: DvcSource(path, md5)")
-
-    def to_dict(self) -> dict[str, Any]:
-        """What MLflow stores."""
-        return {"path": self.path, "md5": self.md5}
-
-    @classmethod
-    def from_dict(cls, source_dict: dict[Any, Any]) -> Self:
-        """Read back what MLflow stored."""
-        return cls(source_dict["path"], source_dict["md5"])
-
-
-register_dataset_source(DvcSource)  # type: ignore[arg-type]  # it takes classes; mlflow annotates instances
 
 
 class Row:

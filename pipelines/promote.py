@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipelines import row, sync, workspace
+from pipelines.alone import alone
 from pipelines.scores import percent
 from pipelines.tracking import open_store, without_secrets
 from pipelines.version import EVALUATION_TAG, HEALTH_TAG, JUDGED_ON, ROLLED_BACK_TAG, TITLES, Version
@@ -61,8 +62,6 @@ def consider(params: Any) -> Decision:
     if found.evaluation is None:
         why = "; ".join(found.left_out) or "no evaluation lies beside it; `dvc repro` makes them"
         return Decision(False, f"Nothing promoted: the checkpoint is not evaluated ({why}).")
-    from pipelines.mlflow_store import alone
-
     registry = open_registry(params)
     target, _ = sync.written(open_store(params), found)
     version = registry.register(target, found)

@@ -18,7 +18,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
 from pipelines import paths, workspace
-from pipelines.mlflow_store import EXTERNAL_TAG, MODEL_TAG, NOTE_TAG, Row, alone
+from pipelines.alone import alone
+from pipelines.mlflow_store import EXTERNAL_TAG, MODEL_TAG, NOTE_TAG, Row
 from pipelines.version import BEFORE_TAG, MD5_TAG, ROLLED_BACK_TAG, SINCE_TAG, UNTIL_TAG, WHY_TAG, Version, tags_of
 from pipelines.view import REGISTERED_TAG
 

@@ -18,7 +18,7 @@ ALLOWED_IN_DINO = {"torch", "torchvision", "numpy", "pyarrow", "safetensors"}
 # Imported where they are used, inside functions. PIL comes with torchvision.
 EXTRAS_OF_DINO = {"onnx", "onnxruntime", "timm", "PIL"}
 HOMES = {
-    "mlflow": {"pipelines/mlflow_store.py", "pipelines/registry.py", "pipelines/served.py"},
+    "mlflow": {"pipelines/mlflow_store.py", "pipelines/dvc_source.py", "pipelines/registry.py", "pipelines/served.py"},
     "prefect": {f"pipelines/{name}.py" for name in ("flow", "stage_task", "artifacts", "cancelling", "tick", "serve")},
     "dvc": {"pipelines/graph.py", "pipelines/served.py"},
     "pydantic": {"pipelines/params.py"},
@@ -63,7 +63,7 @@ PLUMBING = {"dino/__init__.py"} | {
         *("tick", "exchange", "champion", "notify", "serve"),
         *("verify", "promote", "trace", "origin"),
         *("sweep", "variants", "experiment", "sweep_record", "sweep_schedule", "sweep_screen", "sweep_table"),
-        *("registry", "version", "version_table", "baseline"),
+        *("registry", "version", "version_table", "baseline", "alone", "dvc_source"),
     )
 }
 

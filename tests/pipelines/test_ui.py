@@ -121,20 +121,49 @@ def server_of(address: str) -> str:
     return address.partition("/#")[0]
 
 
+def seen(home: Path, address: str) -> str:
+    """What a browser without a network shows there, as HTML."""
+    assert CHROMIUM
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+               "--disable-background-networking", "--disable-component-update", "--disable-sync",
+               f"--user-data-dir={home / 'browser'}", "--window-size=2400,1400",
+               "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+               "--virtual-time-budget=60000", "--dump-dom", address]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=200).stdout
+
+
 @pytest.mark.acceptance
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_a_person_without_a_network_sees_the_row_with_its_scores(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a_row(home, monkeypatch)
     with make_ui(home) as (address, _):
-        assert CHROMIUM
-        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-                   "--disable-background-networking", "--disable-component-update", "--disable-sync",
-                   f"--user-data-dir={home / 'browser'}", "--window-size=2400,1000",
-                   "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
-                   "--virtual-time-budget=60000", "--dump-dom", address]  # fmt: skip
-        seen = subprocess.run(command, capture_output=True, text=True, timeout=200).stdout
+        found = seen(home, address)
     for shown in ("vit_tiny/4 64x3 5 epochs", "knn/val_top1", "knn/test_top1", "0.8125", "healthy"):
-        assert shown in seen, shown
+        assert shown in found, shown
+
+
+@pytest.mark.acceptance
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_person_sees_what_differs_beside_the_curves_and_on_a_runs_page_what_came_of_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_row(home, monkeypatch)
+    Path("report/scores.png").write_bytes(evidence.PNG)
+    evidence.write_lock(home)  # with these scores
+    tracking.report("k1", pictures=["report/scores.png"], params=evidence.SETTINGS)
+    other = {**evidence.RESOLVED, "lr_at_256": 0.0375}
+    with tracking.pretraining(evidence.SETTINGS, "k2", resolved=other) as tracker:
+        tracker.log_curve_points(evidence.curve_points())
+    run = next(run for run in witness.runs(home) if run.data.tags["dino.key"] == "k1")
+    with make_ui(home) as (address, _):
+        compared = seen(home, f"{address}&compareRunsMode=CHART")
+        page = seen(home, f"{address.partition('/runs?')[0]}/runs/{run.info.run_id}")
+    for shown in ("Settings that differ", "pretrain.lr_at_256", "0.0375", ">Training<", ">loss<", ">Step<"):
+        assert shown in compared, shown
+    assert "pretrain.epochs" not in compared  # does not differ
+    for shown in ("The trained backbone beats the untrained network", "#/models/dino/versions/1", "dino, version 1",
+                  "digits/train", f"get-artifact?path=report/scores.png&amp;run_uuid={run.info.run_id}"):  # fmt: skip
+        assert shown in page, shown
 
 
 @pytest.mark.acceptance
