@@ -141,7 +141,7 @@ def prefect(root: Path, server: Server, *arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "prefect", *arguments],
         cwd=root,
-        env=environment(server.address, server.home),
+        env=environment(server.address, server.home) | {"PWD": str(root)},  # as a shell has it; prefect.yaml reads it
         capture_output=True,
         text=True,
         timeout=170,
