@@ -30,7 +30,7 @@ def run(folder: Path, *command: str, **environment: str) -> subprocess.Completed
     return subprocess.run(
         command,
         cwd=folder,
-        env={**outside, "PATH": path, "OMP_NUM_THREADS": "2", **environment},
+        env={**outside, "PATH": path, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         timeout=600,
@@ -107,7 +107,7 @@ def test_every_stage_run_anew_is_verified_and_other_threads_are_told_apart(first
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.findall(r"verify: (\w+) executed in", done.stdout) == STAGES
     assert "outs are identical to dvc.lock" in done.stdout.splitlines()[-1]
-    other = run(first, sys.executable, "-m", "pipelines.verify", "pretrain", OMP_NUM_THREADS="1")
+    other = run(first, sys.executable, "-m", "pipelines.verify", "pretrain", OMP_NUM_THREADS="2")
     assert other.returncode == 1
     assert re.search(
         r"pretrain: models/snapshots differs: epoch_0001.safetensors: tensor .*, by .* at most", other.stdout
@@ -127,6 +127,7 @@ def test_a_setting_of_the_evaluation_reruns_no_training(first: Path) -> None:
         run(first, "git", "checkout", "params.yaml")
 
 
+@pytest.mark.acceptance
 def test_the_flow_finds_everything_up_to_date(first: Path) -> None:
     flow = run(first, sys.executable, "-m", "pipelines.flow")
     assert flow.returncode == 0, flow.stdout + flow.stderr
@@ -134,6 +135,7 @@ def test_the_flow_finds_everything_up_to_date(first: Path) -> None:
         assert re.search(rf"{stage} .*unchanged", flow.stdout + flow.stderr), flow.stdout + flow.stderr
 
 
+@pytest.mark.acceptance
 def test_an_experiment_is_one_more_row_to_compare(first: Path) -> None:
     done = run(first, "dvc", "exp", "run", "-S", "probe.epochs=3", "--name", "short-probe")
     assert done.returncode == 0, done.stdout + done.stderr

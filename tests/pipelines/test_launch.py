@@ -70,6 +70,7 @@ def workers(process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
+@pytest.mark.acceptance
 def test_told_to_end_both_save_once_and_the_next_two_go_on(tmp_path: Path) -> None:
     place = Workplace(tmp_path)
     first = start(place)
