@@ -34,7 +34,7 @@ $(TEAM_STAMP): $(STAMP) requirements-team.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-team.txt
 	@touch $@
 
-acceptance: $(TEAM_STAMP) ## the long checks: kills, services, browsers, a group's set-up
+acceptance: $(TEAM_STAMP) ## the long checks: kills, services, browsers, a group's set-up, an evening
 	pytest -m acceptance
 
 ui: $(STAMP) ## MLflow's page of the runs, on 127.0.0.1 (elsewhere: HOST=..., read SECURITY.md first)
