@@ -4,6 +4,7 @@ Prefect tells a run's process by a signal, but who sends it (`serve`, a worker) 
 for some seconds, and nobody sends it to a flow that was started by hand. So the flow asks too.
 """
 
+import contextvars
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,8 @@ def heeding_cancellation(runner: StageRunner) -> Iterator[None]:
                 runner.end()
                 return
 
-    threading.Thread(target=watch, name="cancellation", daemon=True).start()
+    here = contextvars.copy_context()  # it knows the flow's server; without it Prefect starts one for the thread
+    threading.Thread(target=here.run, args=(watch,), name="cancellation", daemon=True).start()
     try:
         yield
     finally:

@@ -11,13 +11,19 @@ from pathlib import Path
 
 import psutil
 import pytest
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.context import FlowRunContext
+from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+from prefect.states import Cancelling
 from prefect_witness import ask, environment
 from toy import MEET, TRAIN, lives, pid_in, repository, wait_until
 
+from pipelines import cancelling
 from pipelines.flow import main
 from pipelines.local_server import local_server
-from pipelines.runner import Outcome, StageResult
+from pipelines.runner import Outcome, StageResult, StageRunner
 from pipelines.summary import last_words, markdown
 
 # DVC's own use of pygtrie
@@ -153,6 +159,27 @@ def test_interrupt_lets_the_trainer_save_and_leaves_nothing(tmp_path, server):
     assert "Traceback" not in told
     assert re.search(r"^\d\d:\d\d:\d\d \| train \| training$", told, re.M)  # one prefix: time and stage
     assert told.splitlines()[-1] == "Interrupted; what was finished is kept, and the next run goes on from there."
+
+
+def test_a_cancel_is_looked_for_at_the_flows_own_server(server, monkeypatch):
+    """It stands in the context of the flow's thread, which a new thread does not have by itself."""
+    monkeypatch.setattr(cancelling, "ASK_SECONDS", 0.1)
+    seen = []
+
+    @flow
+    def cancelled():
+        context = FlowRunContext.get()
+        with StageRunner() as runner, cancelling.heeding_cancellation(runner):
+            with get_client(sync_client=True) as client:
+                client.set_flow_run_state(context.flow_run.id, Cancelling(), force=True)
+            patience = time.monotonic() + 20
+            while not runner.ending and time.monotonic() < patience:
+                time.sleep(0.05)
+            seen.append(runner.ending)
+
+    cancelled(return_state=True)
+    assert seen == [True]
+    assert not SubprocessASGIServer._instances, "a server of the thread's own was started"
 
 
 @contextlib.contextmanager
