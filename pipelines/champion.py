@@ -71,9 +71,3 @@ def row_address(params: Any) -> str | None:
     if known is None:
         return None
     return f"{without_secrets(uri).rstrip('/')}/#/experiments/{store.experiment_id}/runs/{known.run_id}"
-
-
-def told(error: Exception) -> str:
-    """MLflow's error, or ours, as one line without secrets."""
-    lines = str(error).strip().splitlines()
-    return without_secrets(lines[0]) if lines else type(error).__name__

@@ -83,15 +83,14 @@ def make_clone(base: Base, folder: Path, needed: Sequence[str]) -> None:
             inside.symlink_to(root / path)
 
 
-def bring_home(base: Base, folder: Path, name: str) -> str:
-    """Take an experiment over from its clone; its commit.
+def bring_home(base: Base, folder: Path, name: str) -> None:
+    """Take an experiment over from its clone.
 
     Raises:
         ValueError: git refuses.
     """
     reference = base.reference(name)
     _git(Path.cwd(), "fetch", "--quiet", "--no-write-fetch-head", str(folder), f"{reference}:{reference}")
-    return origin.words("rev-parse", reference)
 
 
 def _git(at: Path, *arguments: str) -> None:

@@ -63,7 +63,7 @@ def across(count: int, module: str) -> None:
         max_restarts=0,  # a stage resumes by being run again: whoever runs it decides
         monitor_interval=0.1,
     )
-    if hasattr(config, "shutdown_timeout"):  # not in torch 2.11
+    if hasattr(config, "shutdown_timeout"):  # not in every torch that we take
         config.shutdown_timeout = SAVE_SECONDS
     try:
         elastic_launch(config, sys.executable)("-u", "-m", module)

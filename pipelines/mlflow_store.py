@@ -28,10 +28,18 @@ from mlflow.entities import (
 )
 from mlflow.exceptions import MlflowException
 
-from pipelines import origin, paths
+from pipelines import origin
 from pipelines.alone import alone
 from pipelines.dvc_source import DvcSource
-from pipelines.row import EvaluationContent, Lineage, RowContent
+from pipelines.row import (
+    CHILD_OF_TAG,
+    EVALUATION_TAG,
+    KEY_TAG,
+    TEACHER_TAG,
+    EvaluationContent,
+    Lineage,
+    RowContent,
+)
 from pipelines.view import EXPERIMENT_TAGS, describe
 
 # MLflow's own: seven retries of 120 s each. A result is safe in its JSON file, so a lost server may cost seconds only.
@@ -46,9 +54,6 @@ logging.getLogger("mlflow").setLevel(logging.CRITICAL)
 logging.getLogger("alembic").setLevel(logging.WARNING)
 logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 
-KEY_TAG = "dino.key"
-CHILD_OF_TAG = "dino.child_of"
-EVALUATION_TAG = "dino.evaluation"
 MODEL_TAG = "dino.model_id"
 EXTERNAL_TAG = "mlflow.model.isExternal"  # MLflow's: a record without anything to load
 CURVES_TAG = "dino.curves_md5"
@@ -284,13 +289,13 @@ class Row:
                 self.store.experiment_id,
                 name=_model_name(name),
                 source_run_id=self.run_id,
-                tags={EXTERNAL_TAG: "true", f"dvc.{paths.TEACHER}": md5},
+                tags={EXTERNAL_TAG: "true", TEACHER_TAG: md5},
                 params={k: v for k, v in self.params.items() if k.startswith("pretrain.")},
                 model_type="dino-backbone",
             )
             self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
             self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
-            self.add_tags({MODEL_TAG: model.model_id, f"dvc.{paths.TEACHER}": md5})
+            self.add_tags({MODEL_TAG: model.model_id, TEACHER_TAG: md5})
 
     def complete(self, content: RowContent) -> None:
         """Everything that `content` knows and the row does not say yet."""

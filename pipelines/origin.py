@@ -21,6 +21,7 @@ BY_ENVIRONMENT = {  # variable -> tag
     "DINO_SWEEP": "dino.sweep",
     "DINO_FLOW_RUN_ID": "prefect.flow_run_id",
 }
+OUTSIDE = ("data.folder", "pretrain.initial_weights")  # settings that may name files which git does not hold
 REPEATING = ("OMP_NUM_THREADS", "DINO_PROCESSES", "DINO_DEVICE")  # variables that change bits
 
 

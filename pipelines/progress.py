@@ -99,7 +99,7 @@ class _Lines:
         if now - self.last >= self.pause:
             self.last = now
             speed = self.done / (now - self.start)
-            left = "" if self.total is None else f", {_duration((self.total - self.done) / speed)} left"
+            left = "" if self.total is None else f", {duration((self.total - self.done) / speed)} left"
             note = f"; {self.note}" if self.note else ""
             print(f"{self.what} {_count(self.done, self.total, self.unit, speed)}{left}{note}", flush=True)
 
@@ -112,7 +112,8 @@ def heard(line: str) -> tuple[float, str] | None:
     return (min(100.0, 100 * done / total), found["words"]) if total else None
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Like `0:12 min`, `3:07 min`, `2 h 5 min`."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes}:{rest:02} min"
 

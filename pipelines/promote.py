@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import row, sync, workspace
 from pipelines.alone import alone
+from pipelines.row import EVALUATION_TAG
 from pipelines.scores import percent
-from pipelines.tracking import open_store, without_secrets
-from pipelines.version import EVALUATION_TAG, HEALTH_TAG, JUDGED_ON, ROLLED_BACK_TAG, TITLES, Version
+from pipelines.tracking import first_line, open_store
+from pipelines.version import HEALTH_TAG, JUDGED_ON, ROLLED_BACK_TAG, TITLES, Version
 from pipelines.version_table import show
 
 if TYPE_CHECKING:  # mlflow costs two seconds
@@ -155,7 +156,7 @@ def main() -> int:
         else:
             print(consider(params).words)
     except Exception as error:  # mlflow's errors, the network's, ours: the user needs the line, not the trace
-        print(f"promote: {without_secrets(str(error).strip().splitlines()[0])}", file=sys.stderr)
+        print(f"promote: {first_line(error)}", file=sys.stderr)
         return 1
     return 0
 

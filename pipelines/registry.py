@@ -20,11 +20,12 @@ from mlflow.models import Model
 from pipelines import paths, workspace
 from pipelines.alone import alone
 from pipelines.mlflow_store import EXTERNAL_TAG, MODEL_TAG, NOTE_TAG, Row
-from pipelines.version import BEFORE_TAG, MD5_TAG, ROLLED_BACK_TAG, SINCE_TAG, UNTIL_TAG, WHY_TAG, Version, tags_of
+from pipelines.row import TEACHER_TAG
+from pipelines.version import BEFORE_TAG, ROLLED_BACK_TAG, SINCE_TAG, UNTIL_TAG, WHY_TAG, Version, tags_of
 from pipelines.view import REGISTERED_TAG
 
 CODE = Path(__file__).with_name("served.py")
-PACKAGES = (
+PACKAGES = (  # that served.py and dino import
     "torch",
     "torchvision",
     "numpy",
@@ -34,7 +35,7 @@ PACKAGES = (
     "safetensors",
     "dvc",
     "mlflow",
-)  # it imports
+)
 CHAMPION = "champion"
 DESCRIPTION = (
     "Features of images by DINO backbones. `champion` is the best on val, moved by `python -m pipelines.promote`. Code "
@@ -77,9 +78,9 @@ class Registry:
 
     def register(self, row: Row, found: workspace.Workspace) -> Version:
         """The version of an evaluated checkpoint, made if there is none, with the scores of its latest evaluation."""
-        md5, tags = row.tags[MD5_TAG], tags_of(found)
+        md5, tags = row.tags[TEACHER_TAG], tags_of(found)
         with alone:
-            known = self.client.search_model_versions(f"name = '{self.model}' and tags.`{MD5_TAG}` = '{md5}'")
+            known = self.client.search_model_versions(f"name = '{self.model}' and tags.`{TEACHER_TAG}` = '{md5}'")
             version = version_of(known[0]) if known else self._new(row, md5)
             for name, text in tags.items():
                 if version.tags.get(name) != text:
@@ -150,7 +151,7 @@ class Registry:
         _upload_code(self.client, model, md5)
         about = f"{row.name}\n\n{row.tags.get(NOTE_TAG, '')}"
         made = self.client.create_model_version(
-            self.model, model.artifact_location, row.run_id, {MD5_TAG: md5}, None, about, model_id=model.model_id
+            self.model, model.artifact_location, row.run_id, {TEACHER_TAG: md5}, None, about, model_id=model.model_id
         )
         return version_of(made)
 

@@ -16,11 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from dino.config import VITS
+from pipelines import paths
 
 EVALUATION_SECTIONS = ("select", "embed", "knn", "probe", "linear")
 VERSIONS = ("torch", "torchvision", "numpy", "dvc", "mlflow", "prefect")
 TABLES = ("_by_", "class_balance")  # one number a setting or a class: the JSON file, logged whole, keeps them
 LONGEST_NAME = 150
+# Tags that tell rows, and registered versions, apart.
+KEY_TAG, CHILD_OF_TAG, EVALUATION_TAG = "dino.key", "dino.child_of", "dino.evaluation"
+TEACHER_TAG = f"dvc.{paths.TEACHER}"
 Point = tuple[int, dict[str, float]]
 
 

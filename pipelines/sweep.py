@@ -27,7 +27,7 @@ from pipelines.ending import EXIT_REQUEUE, SIGNALS
 from pipelines.experiment import Base, Commands
 from pipelines.graph import settings_of_a_clone, stage_graph
 from pipelines.lock import hold
-from pipelines.progress import BETWEEN_LINES
+from pipelines.progress import BETWEEN_LINES, heard
 from pipelines.recipe import over
 from pipelines.stage import positive, run_command
 from pipelines.sweep_record import Record
@@ -35,7 +35,6 @@ from pipelines.sweep_schedule import Schedule
 from pipelines.sweep_screen import Screen
 from pipelines.variants import Variant, digest, grid, label, look_up, nested, parse
 
-OUTSIDE = ("data.folder", "pretrain.initial_weights")  # settings that may name files which git and DVC don't bring
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 ANNOUNCED = re.compile(r"(?:Running stage|Stage) '([^']+)'")  # DVC's words before a stage, run or not
 
@@ -104,7 +103,7 @@ class Sweep:
     ) -> tuple[str, str]:
         """Run one in its clone; why it failed, or the commit that holds it."""
         called = label(variant.settings)
-        needed = [str(look_up(schedule.settings[variant.name], name)) for name in OUTSIDE]
+        needed = [str(look_up(schedule.settings[variant.name], name)) for name in origin.OUTSIDE]
         with self.git:
             experiment.make_clone(self.base, clone, needed)
         env = {
@@ -120,7 +119,7 @@ class Sweep:
                 if found := ANNOUNCED.match(line):
                     schedule.begins(variant, found[1])
                     self.screen.at(called, found[1])
-                elif "/s, " in line and " left" in line:
+                elif heard(line):
                     self.screen.at(called, line)
 
             command = ["-P", "-m", "dvc", "exp", "run", "--name", variant.name, *variant.overrides()]

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.progress import seconds_between_lines
+from pipelines.progress import duration, seconds_between_lines
 
 
 @dataclass
@@ -84,13 +84,13 @@ class Screen:
             if ok:
                 self.seconds.append(seconds)
             summary = self._summary()
-        self.say(f"{name}: {told or f'done in {clock(seconds)}'}  ({summary})")
+        self.say(f"{name}: {told or f'done in {duration(seconds)}'}  ({summary})")
 
     def _left(self, one: Running) -> str:
         if not self.seconds:
             return ""
         left = self.mean - (time.monotonic() - one.began)
-        return f"; about {clock(left)} to its end" if left > 0 else ""
+        return f"; about {duration(left)} to its end" if left > 0 else ""
 
     @property
     def mean(self) -> float:
@@ -103,7 +103,7 @@ class Screen:
             now = time.monotonic()
             begun = sum(min(now - one.began, self.mean) for one in self.running.values())
             left = (self.mean * (self.total - self.count) - begun) / self.jobs
-            words.append(f"about {clock(max(left, 0.0))} left")
+            words.append(f"about {duration(max(left, 0.0))} left")
         return ", ".join(words)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -113,16 +113,8 @@ class Screen:
             for ratio in (None, None, None, 1):  # the last one takes what is left, and is cut there
                 table.add_column(no_wrap=True, ratio=ratio)
             for name, one in self.running.items():
-                spent = clock(time.monotonic() - one.began)
+                spent = duration(time.monotonic() - one.began)
                 left = self._left(one).removeprefix("; ")
                 table.add_row(name, spent, one.stage, Text(", ".join(filter(None, (left, one.note))), style="dim"))
             yield table
             yield Text(self._summary(), style="dim")
-
-
-def clock(seconds: float) -> str:
-    """Like `12 s`, `3:07 min`, `2 h 5 min`."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes}:{rest:02} min" if minutes else f"{rest} s"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines import origin, paths, row, workspace
-from pipelines.tracking import open_store, tracking_uri, without_secrets
+from pipelines.tracking import first_line, open_store, tracking_uri, without_secrets
 
 if TYPE_CHECKING:  # mlflow costs two seconds
     from pipelines.mlflow_store import Row, Store
@@ -69,7 +69,7 @@ def main() -> int:
     try:
         print(sync(load()))
     except Exception as error:  # mlflow's errors, the network's, ours: the user needs the line, not the trace
-        print(f"sync: {without_secrets(str(error).strip().splitlines()[0])}", file=sys.stderr)
+        print(f"sync: {first_line(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -105,6 +105,7 @@ def _work(settings: Any) -> State:
 def promote(settings: Any, notes: list[str], say: stage_task.Say) -> StageResult:
     """Have new results considered for promotion, and show them beside the champion."""
     from pipelines import champion  # here: mlflow takes seconds, and nothing changed takes few
+    from pipelines.tracking import first_line
 
     began = time.monotonic()
     result = partial(StageResult, PROMOTE, rerun="python -m pipelines.promote")
@@ -115,7 +116,7 @@ def promote(settings: Any, notes: list[str], say: stage_task.Say) -> StageResult
         decision = champion.decide(settings)
         address = champion.row_address(settings)
     except Exception as error:  # mlflow's, the network's, ours: results stand, whoever fails to show them
-        line = champion.told(error)
+        line = first_line(error)
         say(line)
         return result(Outcome.FAILED, 1, time.monotonic() - began, (line,))
     say(decision.words)

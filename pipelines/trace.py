@@ -19,16 +19,13 @@ from pipelines import origin, params, paths
 from pipelines.graph import cache_and_remote
 from pipelines.origin import COMMIT_TAG
 from pipelines.recipe import differences
+from pipelines.row import CHILD_OF_TAG, KEY_TAG, TEACHER_TAG
 from pipelines.stage import run_command
 from pipelines.tracking import open_store
 from pipelines.variants import nested
 
 if TYPE_CHECKING:  # mlflow costs two seconds
     from pipelines.mlflow_store import Row
-
-TEACHER_TAG = f"dvc.{paths.TEACHER}"
-CHILD_OF_TAG, KEY_TAG = "dino.child_of", "dino.key"
-OUTSIDE = ("data.folder", "pretrain.initial_weights")  # settings that may name files which git does not hold
 
 
 @dataclass(frozen=True)
@@ -130,12 +127,18 @@ def settings_of(one: "Row") -> dict[str, Any]:
     return nested({name: params.value(text) for name, text in one.params.items() if "." in name})
 
 
-def script(one: "Row", teacher_md5: str, *, anew: bool, folder: str) -> Iterator[str]:
+def teacher_md5(one: "Row", rows: "Sequence[Row]") -> str:
+    """MD5 of a row's checkpoint, which a row of other evaluation settings has from the one above it; or ""."""
+    above = (row for row in rows if CHILD_OF_TAG in one.tags and row.tags.get(KEY_TAG) == one.tags[CHILD_OF_TAG])
+    return next((row.tags[TEACHER_TAG] for row in (one, *above) if TEACHER_TAG in row.tags), "")
+
+
+def script(one: "Row", md5: str, *, anew: bool, folder: str) -> Iterator[str]:
     """The lines.
 
     Args:
         one: The row.
-        teacher_md5: Of its checkpoint, or "".
+        md5: Of its checkpoint, or "".
         anew: Compute everything, instead of taking it from this repository's cache or the remote.
         folder: The clone's.
     """
@@ -171,8 +174,8 @@ def script(one: "Row", teacher_md5: str, *, anew: bool, folder: str) -> Iterator
     else:
         there = params.value((origin.git("show", f"{known.commit}:{paths.PARAMS}") or b"{}").decode())
         yield shlex.join(["dvc", "exp", "run", *overrides(there, settings)])
-    if teacher_md5:
-        yield f"echo '{teacher_md5}  {paths.TEACHER}' | md5sum -c  # the same checkpoint, byte for byte"
+    if md5:
+        yield f"echo '{md5}  {paths.TEACHER}' | md5sum -c  # the same checkpoint, byte for byte"
     else:
         yield f"# UNKNOWN: the md5 of {paths.TEACHER}; the row says none, so it can't be compared"
     yield "python -m pipelines.sync  # and its row, in the clone's MLflow unless params.yaml names a server"
@@ -189,7 +192,7 @@ def overrides(current: Mapping[str, Any], settings: Mapping[str, Any]) -> list[s
 
 def links(settings: Mapping[str, Any]) -> Iterator[str]:
     """Links to files outside git that settings name by a path below the repository."""
-    for dotted in OUTSIDE:
+    for dotted in origin.OUTSIDE:
         section, _, name = dotted.partition(".")
         path = Path(str(settings.get(section, {}).get(name, "")))
         if path.is_absolute():
@@ -234,11 +237,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         store = open_store(params.load())
         rows = store.rows()
         one = find(rows, options.run)
-        parent = next((r for r in rows if r.tags.get(KEY_TAG) == one.tags.get(CHILD_OF_TAG)), one)
-        md5 = one.tags.get(TEACHER_TAG) or parent.tags.get(TEACHER_TAG, "")
         root = paths.real_root()
         folder = options.into or str(root.parent / f"{root.name}-{one.run_id[:8]}")
-        for line in script(one, md5, anew=options.anew, folder=folder):
+        for line in script(one, teacher_md5(one, rows), anew=options.anew, folder=folder):
             print(line)
 
     run_command("trace", work)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # mlflow costs two seconds: the thread imports it
 GATHER_SECONDS = 2.0  # points of curves are sent together, this often
 RETRY_SECONDS = 30.0  # a server that is away is asked again, this often
 CLOSE_SECONDS = 60.0  # the longest that a stage's end waits for what is not sent yet
+LONGEST_WHY = 200  # characters of a database's or a server's words
 POINTS_KEPT = 100_000  # while a server is away
 REBUILD = "`python -m pipelines.sync` writes the row from the files"
 
@@ -201,7 +202,8 @@ class Tracker:
 
     def _go_on_after(self, error: Exception) -> bool:
         """Tell once what happened; whether to go on sending."""
-        self._tell(_first_line(error))
+        why = first_line(error)
+        self._tell(why if len(why) <= LONGEST_WHY else f"{why[:LONGEST_WHY]}...")
         from pipelines.mlflow_store import can_be_tried_again
 
         if can_be_tried_again(error):
@@ -224,11 +226,11 @@ class Tracker:
             )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An error of MLflow, the network or ours as one line without secrets."""
     lines = str(error).strip().split("\n")
     telling = next((line for line in lines if "Error) " in line), lines[0])  # of a database, behind SQLAlchemy's words
-    text = without_secrets(telling) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    return without_secrets(telling) or type(error).__name__
 
 
 @contextmanager

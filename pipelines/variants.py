@@ -25,11 +25,6 @@ class Variant:
     name: str
     settings: Settings
 
-    @property
-    def without_seed(self) -> Settings:
-        """What seeds are averaged over."""
-        return {name: value for name, value in self.settings.items() if name != SEED}
-
     def overrides(self) -> list[str]:
         """As `dvc exp run` takes them."""
         return [part for name, value in self.settings.items() for part in ("-S", f"{name}={written(value)}")]

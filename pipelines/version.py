@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from pipelines import paths, workspace
+from pipelines.row import EVALUATION_TAG, KEY_TAG
 from pipelines.scores import EVALUATIONS, Top1
 
-MD5_TAG = f"dvc.{paths.TEACHER}"
 JUDGED_ON = tuple(f"dvc.{path}" for path in (paths.VAL_IMAGES, paths.LABELS))
-KEY_TAG, HEALTH_TAG, DATA_TAG, EVALUATION_TAG = "dino.key", "health", "dino.data_md5", "dino.evaluation"
+HEALTH_TAG, DATA_TAG = "health", "dino.data_md5"
 SINCE_TAG, UNTIL_TAG = "champion.since", "champion.until"  # of the latest time that it was
 BEFORE_TAG, WHY_TAG = "champion.before", "champion.why"  # number of the one that it followed, or ""; the deciding words
 ROLLED_BACK_TAG = "champion.rolled_back"  # when; such a version is not promoted again

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.version import HEALTH_TAG, MD5_TAG, ROLLED_BACK_TAG, SINCE_TAG, TITLES, UNTIL_TAG, Version
+from pipelines.row import TEACHER_TAG
+from pipelines.version import HEALTH_TAG, ROLLED_BACK_TAG, SINCE_TAG, TITLES, UNTIL_TAG, Version
 
 WIDE = 250  # columns
 
@@ -27,7 +28,7 @@ def table(versions: Sequence[Version], champion: Version | None, score: str) -> 
     for one in versions:
         is_champion = champion is not None and one.number == champion.number
         shown = [str(one.top1(score, split) or "-") for split in ("val", "test")]
-        md5 = one.tags[MD5_TAG][:8]
+        md5 = one.tags[TEACHER_TAG][:8]
         when = f"{one.registered:%Y-%m-%d %H:%M}"
         cells = (one.number, reign(one, is_champion), one.name, *shown, one.tags.get(HEALTH_TAG, "-"), when, md5)
         found.add_row(*cells, style="bold" if is_champion else "")

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from dino.config import VITS
+from pipelines.row import CHILD_OF_TAG, KEY_TAG, TEACHER_TAG
 
 VIEW = "dino"
 # Column and its width in pixels, in order; what `selectedColumns` does not know is always shown.
@@ -131,9 +132,9 @@ def describe(
     if registered := tags.get(REGISTERED_TAG):
         model, _, version = registered.rpartition("/")
         lines.append(f"Registered as [{model}, version {version}](#/models/{quote(model)}/versions/{version}).")
-    if key := tags.get("dino.key") or tags.get("dino.child_of"):
+    if key := tags.get(KEY_TAG) or tags.get(CHILD_OF_TAG):
         lines.append(f"Pretraining key `{key}`.")
-    if md5 := tags.get("dvc.models/teacher.safetensors"):
+    if md5 := tags.get(TEACHER_TAG):
         lines.append(f"Teacher's DVC md5 `{md5}`.")
     lines += [f"![{title}]({address})" for title, address in pictures]
     return "\n\n".join(filter(None, lines))

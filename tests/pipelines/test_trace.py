@@ -8,6 +8,7 @@ import pytest
 
 from pipelines import origin, trace
 from pipelines.mlflow_store import Row, Store
+from pipelines.row import TEACHER_TAG, EvaluationContent
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # mlflow's own
 
@@ -102,3 +103,14 @@ def test_a_row_is_found_by_id_beginning_name_or_experiment(repository: Path) -> 
             trace.find(rows, wanted)
     with pytest.raises(ValueError, match="'a name' fits 2 rows"):
         trace.find([*rows, *rows], "a name")
+
+
+def test_a_checkpoint_is_the_rows_own_or_that_of_the_row_above_and_no_other(repository: Path) -> None:
+    opened = store(repository)
+    training, failed = opened.row("k", "trained"), opened.row("l", "failed")
+    training.add_tags({TEACHER_TAG: "a" * 32})
+    child = opened.child(training, "k", EvaluationContent("e", {}), "other settings")
+    stray = opened.child(failed, "m", EvaluationContent("f", {}), "of a training that is gone")
+    stray.add_tags({TEACHER_TAG: "b" * 32})
+    rows = [stray, child, failed, training]
+    assert [trace.teacher_md5(one, rows) for one in (training, child, failed)] == ["a" * 32, "a" * 32, ""]
