@@ -1,10 +1,17 @@
-"""The order of the suite on two workers, and the same examples of hypothesis at every run."""
+"""The suite's order on two workers, its signals, and the same examples of hypothesis at every run."""
+
+import signal
 
 import pytest
 from hypothesis import settings
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+# What nohup, or a shell's `&`, made this process ignore, its children would ignore too: they are sent these.
+for number in (signal.SIGHUP, signal.SIGINT):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 # Files of a minute and more: begun last, they leave one worker idle at the end. The longest first.
 LONG = ("tests/test_pipeline.py", "tests/benchmarks/test_kill.py", "tests/pipelines/test_launch.py")
