@@ -90,6 +90,7 @@ def test_nothing_reruns_when_nothing_changed(first: Path) -> None:
     assert "Running stage" not in again.stdout
 
 
+@pytest.mark.acceptance  # of data, pretraining and teacher `make test` says so too: benchmarks/test_kill.py
 def test_another_directory_process_and_hash_seed_give_the_same_bytes(
     first: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
