@@ -14,7 +14,7 @@ for number in (signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 # Files of a minute and more: begun last, they leave one worker idle at the end. The longest first.
-LONG = ("tests/test_pipeline.py", "tests/benchmarks/test_kill.py", "tests/pipelines/test_launch.py")
+LONG = ("tests/test_pipeline.py", "tests/benchmarks/test_kill.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

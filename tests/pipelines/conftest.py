@@ -1,6 +1,7 @@
 """Fixtures of the pipeline's tests."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 import sqlite3
@@ -11,20 +12,41 @@ from pathlib import Path
 import pytest
 from mlflow_witness import Creation
 
+# Says what it finds, and becomes two processes that open one new database at once.
+TWO_AT_ONCE = """
+import os, sys
+from pipelines import row, sync, tracking, ui, view, workspace
+print("imports mlflow:", any(name.split(".")[0] == "mlflow" for name in sys.modules))
+from pipelines.mlflow_store import Store
+from mlflow.telemetry.client import get_telemetry_client
+from mlflow.telemetry.utils import is_telemetry_disabled
+print("sends something home:", not is_telemetry_disabled() or get_telemetry_client() is not None, flush=True)
+other = os.fork()
+Store("sqlite:///mlflow.db", "dino")
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) if other else 0)
+"""
+
 
 @pytest.fixture(scope="session")
 def creation(tmp_path_factory: pytest.TempPathFactory) -> Creation:
-    """Creating one takes mlflow six seconds of migrations, so it is made once and copied."""
-    root = tmp_path_factory.mktemp("mlflow")
-    script = "from pipelines.mlflow_store import Store; Store('sqlite:///{}', 'dino')"
-    command = [sys.executable, "-W", "ignore", "-c", script.format(root / "mlflow.db")]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    both = [subprocess.Popen(command, cwd=root, env=env, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    words = [process.communicate()[1] for process in both]
-    with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as database, database:
-        for table in ("experiment_tags", "experiments"):  # its artifacts would lie here
-            database.execute(f"delete from {table}")
-    return Creation(root / "mlflow.db", words)
+    """Creating one takes mlflow ten seconds of imports and migrations: made once for all workers, and copied."""
+    root = tmp_path_factory.getbasetemp()
+    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "mlflow"
+    root.mkdir(exist_ok=True)
+    made = Creation(root / "empty.db", root / "said.txt")
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.path.exists():
+            # of its own environment: under pytest, or in CI, mlflow sends nothing in any case
+            env = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "PYTHONPATH": str(Path(__file__).parents[2])}
+            with made.said.open("w") as said:
+                command = [sys.executable, "-W", "ignore", "-c", TWO_AT_ONCE]
+                subprocess.run(command, cwd=root, env=env, stdout=said, stderr=said)
+            with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as database, database:
+                for table in ("experiment_tags", "experiments"):  # its artifacts would lie here
+                    database.execute(f"delete from {table}")
+            (root / "mlflow.db").rename(made.path)
+    return made
 
 
 @pytest.fixture

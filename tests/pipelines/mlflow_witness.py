@@ -19,10 +19,10 @@ import evidence
 
 @dataclass(frozen=True)
 class Creation:
-    """A new database that two processes opened at once, and what they said."""
+    """A new database that two processes opened at once, and the file of what they said."""
 
     path: Path
-    words: list[str]
+    said: Path
 
 
 def runs(root: Path, question: str = "") -> list[Any]:

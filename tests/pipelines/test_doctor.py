@@ -3,8 +3,7 @@
 import os
 import pty
 import re
-import subprocess
-import sys
+import shutil
 import threading
 
 import mlflow_witness as witness
@@ -14,6 +13,7 @@ from test_pretrain_stage import PROJECT, Workplace
 
 from dino.config import PretrainConfig
 from dino.health import WINDOW, Yardstick
+from pipelines import tracking
 from pipelines.doctor import Doctor, facts, yardstick_of
 from pipelines.view import COLUMNS
 
@@ -70,16 +70,13 @@ def test_the_page_it_names_is_there_and_explains_every_state() -> None:
 
 
 @pytest.fixture(scope="module")
-def collapsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workplace, str, str]:
+def collapsed(tmp_path_factory: pytest.TempPathFactory, creation: witness.Creation) -> tuple[Workplace, str, str]:
     """A real run of the stage that collapses, on a terminal, with an MLflow row; its output and its terminal's."""
-    place = Workplace(tmp_path_factory.mktemp("collapsed"), teacher_temp_start=1.0, teacher_temp=1.0)
+    place = Workplace(tmp_path_factory.mktemp("collapsed"), save_steps=1000, teacher_temp_start=1.0, teacher_temp=1.0)
     params = yaml.safe_load((place.root / "params.yaml").read_text())
     params["runtime"]["tracking"]["enabled"] = True
-    params["runtime"]["pretrain"]["save_steps"] = 1000
     (place.root / "params.yaml").write_text(yaml.safe_dump(params))
-    environment = {name: v for name, v in os.environ.items() if not name.startswith(("DINO_", "MLFLOW_"))}
-    environment |= {"PYTHONPATH": str(PROJECT), "DINO_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "DO_NOT_TRACK": "true",
-                    "TERM": "xterm", "COLUMNS": "160", "DINO_ROOT": str(place.root)}  # fmt: skip
+    shutil.copy(creation.path, place.root / "mlflow.db")
     ours, theirs = pty.openpty()
     seen: list[bytes] = []
 
@@ -92,14 +89,17 @@ def collapsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workplace, str,
 
     reader = threading.Thread(target=read)
     reader.start()
-    command = [sys.executable, "-m", "pipelines.stages.pretrain"]
-    done = subprocess.run(
-        command, cwd=place.root, env=environment, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=300
-    )
-    os.close(theirs)
+    with pytest.MonkeyPatch.context() as patch, os.fdopen(theirs, "w", buffering=1) as terminal:
+        for name, value in {"TERM": "xterm", "COLUMNS": "160"}.items():
+            patch.setenv(name, value)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setattr(tracking, "CLOSE_SECONDS", 120.0)
+        code, out, _ = place.run_here(terminal)
     reader.join()
-    assert done.returncode == 0, done.stdout + b"".join(seen).decode()
-    return place, done.stdout, b"".join(seen).decode()
+    os.close(ours)
+    words = b"".join(seen).decode()
+    assert code == 0, out + words
+    return place, out, words
 
 
 def test_a_collapse_is_told_once_while_training_and_at_the_end(collapsed: tuple[Workplace, str, str]) -> None:

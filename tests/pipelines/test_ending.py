@@ -127,6 +127,20 @@ def test_the_parents_death_is_an_order(here: Path) -> None:
     assert (here / "saved").exists()
 
 
+def test_the_parents_death_is_not_the_second_of_two_orders(here: Path) -> None:
+    """A group gets TERM: the parent dies at once, the child has been told, and saves."""
+    command = [sys.executable, "-c", SAVE.format(slow=1.5)]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", START.format(command=command)], stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    pid = pid_in(here / "pid")
+    wait_until((here / "ready").exists, 20)
+    os.killpg(parent.pid, signal.SIGTERM)
+    parent.wait()
+    wait_until(lambda: not lives(pid), 20)
+    assert (here / "saved").exists()
+
+
 @pytest.mark.parametrize("below_dvc", [False, True])
 def test_nohup_outlives_the_shell_but_not_dvc(below_dvc: bool, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)

@@ -112,6 +112,7 @@ def test_a_save_that_finds_no_room_ends_the_training_and_keeps_the_saves_before(
             "state.safetensors",
         ]
         (disk / "ballast").unlink()
+        place.save_steps = 1000
         place.set()
         assert train(place, monkeypatch) == 0
         assert "resuming after step 3" in capsys.readouterr().out

@@ -102,6 +102,7 @@ def test_a_killed_rank_ends_all(tmp_path: Path) -> None:
     assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
 
 
+@pytest.mark.acceptance
 def test_a_users_error_is_told_in_words(tmp_path: Path) -> None:
     stage = start(Workplace(tmp_path, batch=5))
     said = stage.communicate(timeout=200)[0]

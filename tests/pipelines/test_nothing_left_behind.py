@@ -161,6 +161,7 @@ def fresh(origin: Path, into: Path) -> Path:
     return Path(shutil.copytree(origin, into / "copy", symlinks=True))
 
 
+@pytest.mark.acceptance  # by default test_runner.py kills who started a stage, test_resumable.py waits for a trainer
 def test_after_kill_9_of_dvc_the_next_repro_waits_for_its_trainer_and_goes_on(table_only: Path, tmp_path: Path) -> None:
     root = fresh(table_only, tmp_path)
     with running(root, DVC) as first:

@@ -1,6 +1,8 @@
 """The pretraining stage as a process that dies: killed, told to end, resumed, its outs are those of a quiet run."""
 
+import copy
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -9,16 +11,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
+import torch
 import yaml
 from tiny import SETTINGS, digits, write_table
+from told import ended
 
 from dino.checkpoint import load_backbone
 from dino.training_state import load_state
 from dino.weights import untrained_backbone
+from pipelines import params
+from pipelines.intent import key_here
+from pipelines.lock import hold
+from pipelines.resumable import Resumable
+from pipelines.stages import pretrain
 
 PROJECT = Path(__file__).parents[2]
 OUTS = [
@@ -30,13 +40,14 @@ IMAGES, BATCH, EPOCHS = 160, 4, 2
 STEPS_PER_EPOCH = IMAGES // BATCH
 STEPS = EPOCHS * STEPS_PER_EPOCH
 EXIT_REQUEUE = 75
+THREADS = torch.get_num_threads()  # here, and so in every process whose bytes are compared
 
 
 class Workplace:
     """A directory with params.yaml and a prepared table: all that the stage needs."""
 
-    def __init__(self, root: Path, **changes: Any) -> None:
-        self.root = root
+    def __init__(self, root: Path, save_steps: int = 1, **changes: Any) -> None:
+        self.root, self.save_steps = root, save_steps
         write_table(root / "data/prepared/train.arrow", digits(IMAGES))
         self.set(**changes)
 
@@ -45,9 +56,24 @@ class Workplace:
         settings = {name: list(value) if isinstance(value, tuple) else value for name, value in SETTINGS.items()}
         content["pretrain"] |= settings | {"epochs": EPOCHS, "batch": BATCH, "depth": 1} | changes
         content["runtime"]["tracking"]["enabled"] = False
-        content["runtime"]["pretrain"] |= {"save_minutes": None, "save_steps": 1}
+        content["runtime"]["pretrain"] |= {"save_minutes": None, "save_steps": self.save_steps}
         content["runtime"]["wait_for_lock_minutes"] = 0
         (self.root / "params.yaml").write_text(yaml.safe_dump(content))
+
+    def run_here(self, terminal: TextIO | None = None) -> tuple[int, str, str]:
+        """The stage in this process, whose own signals stay as they are: exit code, output, and errors.
+
+        Args:
+            terminal: gets the errors.
+        """
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(terminal or err):
+            patch.chdir(self.root)
+            patch.setattr(pretrain, "StopRequest", lambda: lambda: False)
+            for name in ("DINO_ROOT", "DINO_TRACEBACK", "WORLD_SIZE", "RANK"):
+                patch.delenv(name, raising=False)
+            patch.setenv("DINO_DEVICE", "cpu")
+            return ended("pretrain", pretrain.main), out.getvalue(), err.getvalue()
 
     def start(self, hash_seed: int = 0, threads: int = 1, *launcher: str) -> subprocess.Popen[str]:
         """The stage as DVC would run it, in a process group of its own."""
@@ -93,7 +119,7 @@ def wait_for(process: subprocess.Popen[str], true: Callable[[], bool]) -> None:
     while not true():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until
-        time.sleep(0.01)
+        time.sleep(0.03)
 
 
 def end(process: subprocess.Popen[str], number: int) -> tuple[str, str]:
@@ -104,8 +130,8 @@ def end(process: subprocess.Popen[str], number: int) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def quiet_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
     """A training that nobody interrupts."""
-    place = Workplace(tmp_path_factory.mktemp("quiet"))
-    code, out, err = place.run(hash_seed=1)
+    place = Workplace(tmp_path_factory.mktemp("quiet"), save_steps=1000)
+    code, out, err = place.run_here()
     assert (code, err) == (0, "")
     assert f"{IMAGES} images, {EPOCHS} epochs, {STEPS} steps of {BATCH} on cpu in fp32, key " in out
     assert "resuming" not in out
@@ -116,14 +142,16 @@ def test_killed_in_mid_epoch_elsewhere_and_run_again_it_leaves_the_same_bytes(
     quiet_run: Workplace, tmp_path: Path
 ) -> None:
     place = Workplace(tmp_path / "another" / "directory")
-    process = place.start(hash_seed=2)
-    wait_for(process, lambda: place.saved_step() > STEPS_PER_EPOCH * 3 // 2)  # the first snapshot is made by then
+    process = place.start(2, THREADS)
+    wait_for(process, lambda: place.saved_step() > STEPS_PER_EPOCH)  # the first snapshot is made by then
     end(process, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     killed_at = place.saved_step()
     assert 0 < killed_at < STEPS and killed_at % STEPS_PER_EPOCH, "not in mid-epoch"
     assert not any((place.root / out).exists() for out in OUTS)
-    code, out, _ = place.run(hash_seed=3)
+    place.save_steps = 1000
+    place.set()
+    code, out, _ = place.run_here()
     assert code == 0 and f"resuming after step {killed_at}" in out
     assert place.md5s() == quiet_run.md5s()
     assert place.metrics()["bit_exact"] is True
@@ -132,21 +160,24 @@ def test_killed_in_mid_epoch_elsewhere_and_run_again_it_leaves_the_same_bytes(
 def test_told_to_end_it_saves_says_how_to_go_on_and_asks_to_be_run_again(quiet_run: Workplace, tmp_path: Path) -> None:
     """Then it goes on with other threads, which is told and recorded."""
     place = Workplace(tmp_path)
-    process = place.start()
+    process = place.start(0, THREADS + 1)
     wait_for(process, lambda: place.saved_step() >= 3)
     _, err = end(process, signal.SIGTERM)
     stopped_at = place.saved_step()
     assert process.returncode == EXIT_REQUEUE
     said = f"stopped after step {stopped_at} of {STEPS}; its state is saved, run the same command again to go on"
     assert err == f"pretrain: {said}\n"
-    code, out, err = place.run(threads=2)
+    place.save_steps = 1000
+    place.set()
+    code, out, err = place.run_here()
     assert code == 0 and f"resuming after step {stopped_at}" in out
-    assert "resuming in another environment (threads 1 -> 2)" in err and "bit_exact: false" in err
+    assert f"resuming in another environment (threads {THREADS + 1} -> {THREADS})" in err and "bit_exact: false" in err
     assert place.metrics()["bit_exact"] is False
     assert place.metrics()["key"] == quiet_run.metrics()["key"]
     assert place.metrics()["loss"] == pytest.approx(quiet_run.metrics()["loss"], rel=0.05)
 
 
+@pytest.mark.acceptance  # test_ending.py says so of a process that needs no torch
 def test_its_parents_death_makes_it_save_even_when_both_were_told_to_end(tmp_path: Path) -> None:
     """A group gets TERM: the parent dies at once, which must not count as a second order to the trainer."""
     place = Workplace(tmp_path)
@@ -179,27 +210,16 @@ def test_the_results_say_what_made_them(quiet_run: Workplace) -> None:
     assert len(rows) == 1 + len(state.curve)
 
 
-def test_a_snapshot_that_was_lost_meanwhile_is_told_and_left_out(
-    quiet_run: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_snapshot_that_was_lost_meanwhile_is_told_and_left_out(quiet_run: Workplace, tmp_path: Path) -> None:
     """The last one is not lost: the final state holds the same weights."""
-    from pipelines import params
-    from pipelines.stages import pretrain as stage
-
-    root = tmp_path / "copy"
-    shutil.copytree(quiet_run.root, root)
-    monkeypatch.chdir(root)
-    monkeypatch.setattr(stage, "StopRequest", lambda: lambda: False)  # pytest's own signals stay as they are
-    monkeypatch.delenv("DINO_ROOT", raising=False)
-    monkeypatch.setenv("DINO_DEVICE", "cpu")
+    place = copy.copy(quiet_run)
+    place.root = root = Path(shutil.copytree(quiet_run.root, tmp_path / "copy"))
     shutil.rmtree(root / "models")
     (folder,) = (root / ".work/pretrain").iterdir()
     (folder / "epoch_0001.safetensors").write_bytes(b"")
     (folder / "epoch_0002.safetensors").unlink()
-    stage.main(params.load())
-    assert f"the snapshot of epoch 1 is lost ({folder / 'epoch_0001.safetensors'} is no checkpoint" in (
-        capsys.readouterr().err
-    )
+    code, _, err = place.run_here()
+    assert code == 0 and f"the snapshot of epoch 1 is lost ({folder / 'epoch_0001.safetensors'} is no checkpoint" in err
     assert [path.name for path in (root / "models/snapshots").iterdir()] == ["epoch_0002.safetensors"]
     last = "models/snapshots/epoch_0002.safetensors"
     assert (root / last).read_bytes() == (quiet_run.root / last).read_bytes()
@@ -207,50 +227,24 @@ def test_a_snapshot_that_was_lost_meanwhile_is_told_and_left_out(
     assert quiet_run.metrics()["snapshots_lost"] == []
 
 
-def in_this_process(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The stage's exit code; for what ends before it trains."""
-    from pipelines.stage import run_stage
-    from pipelines.stages import pretrain as stage
-
-    monkeypatch.chdir(place.root)
-    monkeypatch.setattr(stage, "StopRequest", lambda: lambda: False)  # pytest's own signals stay as they are
-    for name in ("DINO_ROOT", "DINO_TRACEBACK", "WORLD_SIZE", "RANK"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DINO_DEVICE", "cpu")
-    with pytest.raises(SystemExit) as ended:
-        run_stage("pretrain", stage.main)
-    return int(ended.value.code or 0)
-
-
-def test_a_second_trainer_of_the_same_setting_is_refused(
-    quiet_run: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from pipelines.resumable import Resumable
-
+def test_a_second_trainer_of_the_same_setting_is_refused(quiet_run: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(quiet_run.root)
     before = quiet_run.md5s()
     with Resumable(quiet_run.metrics()["key"], {}) as held:
-        assert in_this_process(quiet_run, monkeypatch) == 1
-    message = capsys.readouterr().err
-    assert f"pretrain failed: process {os.getpid()} on " in message
+        code, _, message = quiet_run.run_here()
+    assert code == 1 and f"pretrain failed: process {os.getpid()} on " in message
     assert f"trains this very setting (its state lies in {held.folder})" in message
     assert quiet_run.md5s() == before
 
 
-def test_a_second_process_of_the_stage_is_refused_though_it_trains_another_setting(
-    quiet_run: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_second_process_of_the_stage_is_refused_though_it_trains_another_setting(quiet_run: Workplace) -> None:
     """As where DVC was killed, its trainer still saves, and the next `dvc repro` comes with changed params."""
-    from pipelines.lock import hold
-
     before = quiet_run.md5s()
     with hold(quiet_run.root / ".work/running/pretrain", "runs"):
         quiet_run.set(lr_at_256=0.06)
-        try:
-            assert in_this_process(quiet_run, monkeypatch) == 1
-        finally:
-            quiet_run.set()
-    assert f"pretrain failed: process {os.getpid()} on " in (message := capsys.readouterr().err)
+        code, _, message = quiet_run.run_here()
+        quiet_run.set()
+    assert code == 1 and f"pretrain failed: process {os.getpid()} on " in message
     assert "runs stage pretrain here; wait for it or stop it" in message
     assert quiet_run.md5s() == before
 
@@ -258,9 +252,6 @@ def test_a_second_process_of_the_stage_is_refused_though_it_trains_another_setti
 def test_a_changed_setting_has_its_own_key_and_the_changed_back_one_its_old(
     quiet_run: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipelines import params
-    from pipelines.intent import key_here
-
     monkeypatch.chdir(quiet_run.root)
     monkeypatch.setenv("DINO_DEVICE", "cpu")
 
@@ -290,17 +281,10 @@ def test_a_changed_setting_has_its_own_key_and_the_changed_back_one_its_old(
         ({"micro_batches": 3}, ["pretrain.batch (4)", "micro_batches (3)", "choose a divisor"]),
     ],
 )
-def test_a_users_error_is_one_clear_message(
-    change: dict[str, Any],
-    parts: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_users_error_is_one_clear_message(change: dict[str, Any], parts: list[str], tmp_path: Path) -> None:
     place = Workplace(tmp_path, **change)
-    assert in_this_process(place, monkeypatch) == 1
-    message = capsys.readouterr().err
-    assert "pretrain failed: " in message and "Traceback" not in message
+    code, _, message = place.run_here()
+    assert code == 1 and "pretrain failed: " in message and "Traceback" not in message
     for part in parts:
         assert part in message
     assert not any((place.root / out).exists() for out in OUTS)
@@ -314,13 +298,11 @@ def test_a_batch_that_the_ranks_do_not_divide_is_one_clear_message(tmp_path: Pat
     assert "pretrain.batch (5) does not divide among 2 processes" in err and "choose a multiple of 2" in err
 
 
-def test_a_missing_table_is_one_clear_message(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_table_is_one_clear_message(tmp_path: Path) -> None:
     place = Workplace(tmp_path)
     (tmp_path / "data/prepared/train.arrow").unlink()
-    assert in_this_process(place, monkeypatch) == 1
-    assert "no image table at data/prepared/train.arrow; prepare the data first" in capsys.readouterr().err
+    code, _, message = place.run_here()
+    assert code == 1 and "no image table at data/prepared/train.arrow; prepare the data first" in message
 
 
 @pytest.mark.acceptance
