@@ -8,6 +8,7 @@ import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -162,8 +163,8 @@ def fitting_backbone(weights: Mapping[str, Tensor], backbone: nn.Module, place: 
     found = {name.removeprefix("backbone."): t for name, t in weights.items() if name.startswith("backbone.")}
     expected = backbone.state_dict()
     kept = {name: t for name, t in found.items() if name in expected or not name.startswith(CLASSIFIERS)}
-    if isinstance(backbone, VisionTransformer) and "pos_embed" in kept:
-        kept["pos_embed"] = resampled(kept["pos_embed"], expected["pos_embed"])
+    if "pos_embed" in kept and "pos_embed" in expected:
+        kept["pos_embed"] = resampled(kept["pos_embed"], expected["pos_embed"], backbone)
     wrong = [f"{name} is not in the file" for name in expected if name not in kept]
     wrong += [
         f"{name} is {list(kept[name].shape)} in the file, {list(expected[name].shape)} here"
@@ -180,15 +181,26 @@ def fitting_backbone(weights: Mapping[str, Tensor], backbone: nn.Module, place: 
     return {name: tensor.to(expected[name].dtype) for name, tensor in kept.items()}
 
 
-def resampled(pos_embed: Tensor, like: Tensor) -> Tensor:
-    """A position embedding [1, 1 + N, D] for the square grid of another, as the model resamples it; else itself."""
-    if pos_embed.ndim != 3 or pos_embed.shape == like.shape or pos_embed.shape[2] != like.shape[2]:
+def resampled(pos_embed: Tensor, like: Tensor, backbone: nn.Module) -> Tensor:
+    """A position embedding [1, P + N, D] for the square grid of another, as the backbone resamples it; else itself.
+
+    P are the tokens before the N patches: CLS, and registers in some of timm's networks.
+    """
+    if pos_embed.ndim != 3 or like.ndim != 3 or pos_embed.shape == like.shape or pos_embed.shape[2] != like.shape[2]:
         return pos_embed
-    grid, wanted = (round((tensor.shape[1] - 1) ** 0.5) for tensor in (pos_embed, like))
-    if grid**2 + 1 != pos_embed.shape[1] or grid < 1:
+    wanted = isqrt(like.shape[1])
+    before = like.shape[1] - wanted**2
+    patches = pos_embed.shape[1] - before
+    grid = isqrt(max(patches, 0))
+    if grid < 1 or grid**2 != patches:
         return pos_embed
+    if not isinstance(backbone, VisionTransformer):
+        from timm.layers import resample_abs_pos_embed  # timm's own: no other network here has such an embedding
+
+        found: Tensor = resample_abs_pos_embed(pos_embed, [wanted, wanted], num_prefix_tokens=before)
+        return found
     matrix = position_resampling(grid, wanted, wanted, pos_embed.dtype, pos_embed.device)
-    return torch.cat([pos_embed[:, :1], (matrix @ pos_embed[0, 1:])[None]], dim=1)
+    return torch.cat([pos_embed[:, :before], (matrix @ pos_embed[0, before:])[None]], dim=1)
 
 
 def likely_arch(tensors: Mapping[str, Tensor]) -> str:

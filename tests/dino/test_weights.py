@@ -196,6 +196,19 @@ def test_position_embeddings_are_resampled_as_the_model_does(before: int, after:
     torch.testing.assert_close(new(images), old(images), rtol=0, atol=1e-12)  # the model resamples by itself
 
 
+@pytest.mark.parametrize("before", [32, 64])
+def test_position_embeddings_of_timm_are_resampled_as_timm_does(before: int) -> None:
+    torch.manual_seed(0)
+    name = "vit_tiny_patch16_224"
+    old = timm.create_model(name, img_size=before, num_classes=0, depth=1, dynamic_img_size=True).eval()
+    new = timm.create_model(name, num_classes=0, depth=1, dynamic_img_size=True).eval()
+    torch.nn.init.normal_(old.pos_embed)
+    weights = {f"backbone.{name}": tensor for name, tensor in old.state_dict().items()}
+    new.load_state_dict(fitting_backbone(weights, new, "file"))
+    images = torch.randn(1, 3, 224, 224)
+    torch.testing.assert_close(new(images), old(images), rtol=0, atol=1e-5)
+
+
 # What does not fit
 
 
