@@ -1,6 +1,8 @@
-"""The suite's order on two workers, its signals, and the same examples of hypothesis at every run."""
+"""The suite's order on two workers, its signals and ranks, and the same examples of hypothesis at every run."""
 
 import signal
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -20,3 +22,13 @@ LONG = ("tests/test_pipeline.py", "tests/benchmarks/test_kill.py")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first; pytest-xdist hands files out in this order (`--no-loadscope-reorder`)."""
     items.sort(key=lambda item: next((n for n, name in enumerate(LONG) if item.nodeid.startswith(name)), len(LONG)))
+
+
+@pytest.fixture(scope="session")
+def on_two_ranks() -> Iterator[Callable[..., list[Any]]]:
+    """What a function gives on each of two gloo ranks: `on_two_ranks(function, *arguments)`."""
+    from ranks import Ranks  # imports torch, which most tests of the pipeline do without
+
+    pair = Ranks()
+    yield pair
+    pair.end()

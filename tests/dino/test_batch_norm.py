@@ -1,10 +1,5 @@
 """BatchNorm shared by ranks is BatchNorm of the whole batch: outputs, gradients, running statistics."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from timm.layers import BatchNormAct2d
@@ -55,29 +50,9 @@ def computed(world: World) -> dict[str, Tensor]:
     return found | {"eval": world.gather_rows(shared[:10].eval()(batches[0][rows]).detach())}
 
 
-RANKS = """
-import sys, torch
-from test_batch_norm import computed
-from dino.distributed import World
-with World.start() as world:
-    torch.save(computed(world), f"{sys.argv[1]}/{world.rank}.pt")
-"""
-
-
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
-    folder, here = tmp_path_factory.mktemp("ranks"), Path(__file__).parent
-    (folder / "ranks.py").write_text(RANKS)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*torchrun, folder / "ranks.py", folder],
-        env=os.environ | {"PYTHONPATH": f"{here.parents[1]}:{here}", "DINO_DEVICE": "cpu", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+def ranks(on_two_ranks) -> list[dict[str, Tensor]]:
+    return on_two_ranks(computed)
 
 
 def test_two_ranks_are_one_process(ranks: list[dict[str, Tensor]]) -> None:

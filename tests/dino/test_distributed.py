@@ -1,32 +1,29 @@
 """Laws of World: ranks share all rows once, collectives equal the plain computation, one process is n = 1."""
 
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
+import time
+from typing import Any
 
 import pytest
 import torch
+from ranks import Ranks
 
 from dino.distributed import World
 
-RANKS = """
-import json, sys, torch
-from dino.distributed import World
-with World.start() as world:
+
+def found_together(world: World) -> dict[str, Any]:
     mine = torch.arange(5.0)[:, None].repeat(1, 2)[list(world.rows(5))]
     found = {
-        "rank": world.rank, "size": world.size, "device": world.device.type,
+        "rank": world.rank,
+        "size": world.size,
+        "device": world.device.type,
         "sum": world.sum(torch.tensor([1.0 + world.rank, 10.0])).tolist(),
         "mean": world.mean(torch.tensor([1.0 + world.rank, 10.0])).tolist(),
         "rows": world.gather_rows(mine).tolist(),
         "integers": world.gather_rows(torch.full((world.rank,), 7)).tolist(),
     }
     world.barrier()
-    with open(f"{sys.argv[1]}/{world.rank}.json", "w") as file:
-        json.dump(found, file)
-"""
+    return found
 
 
 def world_of(size: int, rank: int) -> World:
@@ -54,27 +51,9 @@ def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not torch.distributed.is_initialized()
 
 
-def test_two_gloo_ranks_equal_the_plain_computation(tmp_path: Path) -> None:
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS)
-    root = str(Path(__file__).parents[2])
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=2",
-            script,
-            tmp_path,
-        ],
-        check=True,
-        env=os.environ | {"PYTHONPATH": root, "DINO_DEVICE": "cpu", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        timeout=120,
-    )
-    for rank in range(2):
-        assert json.loads((tmp_path / f"{rank}.json").read_text()) == {
+def test_two_gloo_ranks_equal_the_plain_computation(on_two_ranks) -> None:
+    assert on_two_ranks(found_together) == [
+        {
             "rank": rank,
             "size": 2,
             "device": "cpu",
@@ -83,6 +62,39 @@ def test_two_gloo_ranks_equal_the_plain_computation(tmp_path: Path) -> None:
             "rows": [[float(row)] * 2 for row in range(5)],
             "integers": [7],
         }
+        for rank in range(2)
+    ]
+
+
+def fail_on_the_second(world: World) -> None:
+    if world.rank == 1:
+        raise KeyError("a rank's own words")
+    world.barrier()
+
+
+def die_on_the_second(world: World) -> None:
+    if world.rank == 1:
+        os._exit(3)
+    time.sleep(1000)
+
+
+def wait_on_the_second(world: World) -> None:
+    if world.rank == 1:
+        time.sleep(1000)
+
+
+def test_a_rank_that_fails_dies_or_is_late_fails_its_test_and_no_other() -> None:
+    """Of the ranks that all these tests share."""
+    ranks = Ranks(max_seconds=60)
+    for function, words in ((fail_on_the_second, 'rank 1: Traceback(.|\n)*KeyError: "a rank\'s own words"'),
+                            (die_on_the_second, "rank 1: it ended with 3")):  # fmt: skip
+        with pytest.raises(AssertionError, match=words):
+            ranks(function)
+    assert [found["rank"] for found in ranks(found_together)] == [0, 1]
+    ranks.max_seconds = 0.1
+    with pytest.raises(AssertionError, match=r"no answer of rank \[1\] in 0\.1 s"):
+        ranks(wait_on_the_second)
+    assert not ranks.processes
 
 
 @pytest.mark.parametrize("wanted", ["gpu", "cuda:1"])

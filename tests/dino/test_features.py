@@ -1,15 +1,13 @@
 """Laws of feature extraction: rows in table order, one image at a time gives the same, ranks change nothing."""
 
 import io
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from dino.augment import eval_images
 from dino.backbones import seeded_backbone
@@ -21,18 +19,6 @@ from dino.vision_transformer import VisionTransformer
 ALONE = World(0, 1, torch.device("cpu"))
 ARCH = {"family": "vit", "img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 8, "depth": 2, "num_heads": 2}
 EVALUATION = {"resize_px": 10, "crop_px": 8}
-
-RANKS = """
-import sys, torch
-from dino.distributed import World
-from dino.backbones import seeded_backbone
-from dino.features import extract_features
-from dino.images import ImageTable
-with World.start() as world:
-    backbone = seeded_backbone({arch}, 0).eval()
-    features = extract_features(backbone, ImageTable("{table}"), batch=3, world=world, **{evaluation})
-    torch.save(features, f"{folder}/{{world.rank}}.pt")
-"""
 
 
 def make_table(path: Path, sizes: list[tuple[int, int]]) -> ImageTable:
@@ -96,20 +82,15 @@ def test_resized_pixels_are_rounded_to_the_nearest(table: ImageTable) -> None:
     assert found.float().std() > 30
 
 
-def test_two_ranks_give_the_rows_of_one(backbone: VisionTransformer, table: ImageTable, tmp_path: Path) -> None:
+def extracted(world: World, table: ImageTable, batch: int) -> Tensor:
+    return extract_features(seeded_backbone(ARCH, 0).eval(), table, batch=batch, world=world, **EVALUATION)
+
+
+def test_two_ranks_give_the_rows_of_one(table: ImageTable, on_two_ranks) -> None:
     """Batches of 3 on each of 2 ranks: of the last image one rank has nothing."""
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS.format(arch=ARCH, table=table.path, evaluation=EVALUATION, folder=tmp_path))
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script],
-        check=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "DINO_DEVICE": "cpu", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        timeout=300,
-    )
-    one_ND = extract_features(backbone, table, batch=7, world=ALONE, **EVALUATION)
-    for rank in range(2):
-        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), one_ND, rtol=1e-5, atol=1e-6)
+    one_ND = extracted(ALONE, table, 7)
+    for found_ND in on_two_ranks(extracted, table, 3):
+        torch.testing.assert_close(found_ND, one_ND, rtol=1e-5, atol=1e-6)
 
 
 def test_a_crop_larger_than_the_image_is_refused(backbone: VisionTransformer, table: ImageTable) -> None:

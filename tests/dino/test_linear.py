@@ -2,9 +2,6 @@
 
 import io
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -251,17 +248,7 @@ def test_no_images_are_refused(table: ImageTable) -> None:
         last(train_linear([pixels_in_float64], table, none, none, crops=Crops(8), world=ALONE, **SETTINGS))
 
 
-RANKS = """
-import sys, torch
-from dino.distributed import World
-from dino.images import ImageTable
-from test_linear import two_kinds
-with World.start() as world:
-    torch.save(two_kinds(ImageTable("{table}"), world), f"{folder}/{{world.rank}}.pt")
-"""
-
-
-def two_kinds(table: ImageTable, world: World) -> list[tuple[Tensor, Tensor, int]]:
+def two_kinds(world: World, table: ImageTable) -> list[tuple[Tensor, Tensor, int]]:
     """Trained on 13 images, batches of 6: of the last one image, one of two ranks has nothing."""
     seen: list[int] = []
 
@@ -278,19 +265,8 @@ def two_kinds(table: ImageTable, world: World) -> list[tuple[Tensor, Tensor, int
     return [(classifiers.weights_DSC, classifiers.bias_SC, sum(seen)) for classifiers in found]
 
 
-def test_two_ranks_train_what_one_trains(table: ImageTable, tmp_path: Path) -> None:
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS.format(table=table.path, folder=tmp_path))
-    places = f"{Path(__file__).parents[2]}:{Path(__file__).parent}"
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script],
-        check=True,
-        env=os.environ | {"PYTHONPATH": places, "DINO_DEVICE": "cpu", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        timeout=300,
-    )
-    one = two_kinds(table, ALONE)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+def test_two_ranks_train_what_one_trains(table: ImageTable, on_two_ranks) -> None:
+    one, ranks = two_kinds(ALONE, table), on_two_ranks(two_kinds, table)
     assert sum(rank[0][2] for rank in ranks) == one[0][2] == 3 * 13
     for rank in ranks:
         for found, expected in zip(rank, one, strict=True):

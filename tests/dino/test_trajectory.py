@@ -1,12 +1,8 @@
 """The whole algorithm, 12 float64 steps by the loop's own train_step, against the reference's; and what a step is."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from golden_numbers import Golden
 from torch import Tensor
 
 from dino.config import PretrainConfig
@@ -86,34 +82,16 @@ def test_golden_trajectory(golden, micro_batches: int) -> None:
     assert_all_close(run.dino.student.state_dict(), run.reference.under("student/"), 1e-9)
 
 
-RANKS = """
-import sys, torch
-from golden_numbers import Golden
-from test_trajectory import Trajectory
-from dino.distributed import World
-with World.start() as world:
+def trained(world: World) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Losses, centre and networks of this rank."""
     run = Trajectory(Golden, micro_batches=2, world=world)
     losses = torch.stack([run.step(step).loss for step in range(run.total_steps)])
-    torch.save((losses, run.center, run.dino.state_dict()), f"{sys.argv[1]}/{world.rank}.pt")
-"""
+    return losses, run.center, run.dino.state_dict()
 
 
-def test_golden_trajectory_on_two_ranks(golden, tmp_path: Path) -> None:
-    (tmp_path / "ranks.py").write_text(RANKS)
-    here = Path(__file__).parent
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {"PYTHONPATH": f"{here.parents[1]}{os.pathsep}{here}", "DINO_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launcher, tmp_path / "ranks.py", tmp_path],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+def test_golden_trajectory_on_two_ranks(golden, on_two_ranks) -> None:
     reference = golden("trajectory")
-    for rank in range(2):
-        losses, center, networks = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for losses, center, networks in on_two_ranks(trained):
         torch.testing.assert_close(losses, reference["losses"], rtol=0, atol=1e-9)
         torch.testing.assert_close(center, reference["centre"], rtol=0, atol=1e-9)
         for part in ("student", "teacher"):

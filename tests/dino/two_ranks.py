@@ -1,7 +1,6 @@
-"""What one rank computes, alone or beside others; torchrun runs this file: `two_ranks.py TABLE FOLDER`."""
+"""What one rank computes, alone or beside others."""
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,18 @@ CONVNET = dataclasses.replace(  # BatchNorm in backbone and head; crops large en
     CONFIG, arch="shufflenet_v2_x0_5", drop_path_rate=0.0, head_batch_norm=True, global_px=32, local_px=24,
     optimizer="sgd", lr_at_256=0.1,
 )  # fmt: skip
-FEW_STEPS, STOP_AFTER = 5, 3
+FEW_STEPS, STOP_AFTER = 5, 3  # past the warm-up and the freezing; before
 
 
-def few_steps(table: ImageTable, world: World, dtype: torch.dtype, config: PretrainConfig = CONFIG) -> dict[str, Any]:
+def few_steps(
+    table: ImageTable, world: World, dtype: torch.dtype, config: PretrainConfig = CONFIG, steps: int = FEW_STEPS
+) -> dict[str, Any]:
     """Steps through the public train_step in this dtype: this rank's crops of the first, losses, centre, weights."""
     dino = build_dino(config, table.channels).to(dtype)
     share_batch_norms(dino, world)
     optimizer = build_optimizer(dino.student, config.optimizer)
     center, losses, first_crops = torch.zeros(1, config.out_dim, dtype=dtype), [], []
-    for step in range(FEW_STEPS):
+    for step in range(steps):
         batch_rows = torch.tensor(world.rows(config.batch))
         images = table.batch((config.batch * step + batch_rows).tolist())
         made = make_micro_batches(config, config.depth or 0, step, images, batch_rows, table, world.device)
@@ -71,23 +72,19 @@ def whole_run(table: ImageTable, world: World, folder: Path) -> dict[str, Any]:
     return {"final": dataclasses.asdict(final), "resumed": dataclasses.asdict(resumed), "saved": steps, "said": reason}
 
 
-def compute(table: ImageTable, world: World, folder: Path) -> dict[str, Any]:
-    torch.set_num_threads(1)
+def steps_of(world: World, table: ImageTable) -> dict[str, Any]:
+    """Steps that one process and ranks can both take."""
     return {
         "float64": few_steps(table, world, torch.float64),
-        "float32": few_steps(table, world, torch.float32),
-        "convnet": few_steps(table, world, torch.float64, CONVNET),
-        "batch_norm": pretrain(
-            dataclasses.replace(CONFIG, head_batch_norm=True, epochs=1, teacher_temp_warmup_epochs=0),
-            table,
-            world=world,
-            precision=torch.float32,
-        ).tensors,
-        "run": whole_run(table, world, folder),
+        "float32": few_steps(table, world, torch.float32, steps=1),  # further on, rounding decides
+        "convnet": few_steps(table, world, torch.float64, CONVNET, steps=3),  # the first one's rate is 0
     }
 
 
-if __name__ == "__main__":
-    with World.start() as world:
-        folder = Path(sys.argv[2])
-        torch.save(compute(ImageTable(sys.argv[1]), world, folder), folder / f"{world.rank}.pt")
+def compute(world: World, table: ImageTable, folder: Path) -> dict[str, Any]:
+    """All that this rank is asked for."""
+    one_epoch = dataclasses.replace(CONFIG, head_batch_norm=True, epochs=1, teacher_temp_warmup_epochs=0)
+    return steps_of(world, table) | {
+        "batch_norm": pretrain(one_epoch, table, world=world, precision=torch.float32).tensors,
+        "run": whole_run(table, world, folder),
+    }
