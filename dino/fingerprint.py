@@ -3,16 +3,18 @@
 import ast
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).parent
 
 
-def imported_modules(tree: ast.AST) -> list[str]:
-    """Full names that the import statements of a syntax tree may take from modules of `dino`."""
+@cache  # by the text, so it is never stale
+def imported_modules(source: str) -> list[str]:
+    """Full names that the import statements of a module may take from modules of `dino`."""
     names: list[str] = []
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -30,7 +32,7 @@ def code_files(module: str) -> list[Path]:
         file = PACKAGE / f"{waiting.pop()}.py"
         if file not in found:
             found.append(file)
-            waiting += imported_modules(ast.parse(file.read_text(encoding="utf-8")))
+            waiting += imported_modules(file.read_text(encoding="utf-8"))
     return sorted(found)
 
 
@@ -42,15 +44,21 @@ def plain_tree(node: Any) -> Any:
     return [plain_tree(item) for item in node] if isinstance(node, list) else repr(node)
 
 
+@cache
+def plain_code(source: str) -> str:
+    """A module's syntax tree without comments and docstrings, which change no result."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return json.dumps(plain_tree(tree))
+
+
 def code_digest(files: list[Path]) -> str:
-    """Digest of the files' syntax trees without comments and docstrings, which change no result."""
+    """Digest of the files' names and code."""
     digest = hashlib.sha256()
     for file in files:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-                node.body = node.body[1:]
-        digest.update(json.dumps([file.name, plain_tree(tree)]).encode())
+        digest.update(f"[{json.dumps(file.name)}, {plain_code(file.read_text(encoding='utf-8'))}]".encode())
     return digest.hexdigest()
 
 
