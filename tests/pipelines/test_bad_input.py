@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from results_folder import make_results
 from test_evaluate import prepared, small  # noqa: F401 (prepared: a fixture)
@@ -247,7 +247,7 @@ def damaged(path: Path, damage: tuple[str, float, int]) -> None:
 
 @given(door=st.sampled_from(CHEAP), damage=damages)
 @example(door=("probe", str(paths.LABELS)), damage=("byte", 0.25, 128))  # an id that is no UTF-8
-@settings(fuzz, max_examples=30)
+@settings(fuzz, max_examples=20)
 def test_damaged_bytes(door: tuple[str, str], damage: Any, run: Callable[..., str]) -> None:
     run(*door, lambda path: damaged(path, damage))
 
@@ -294,7 +294,7 @@ changes = {
 
 @given(**changes)
 @example(file="metrics/pretrain.json", steps=[26], value=None, drop=False)  # images_seen: null, which broke the page
-@settings(fuzz, max_examples=2)
+@settings(fuzz, phases=[Phase.explicit])
 def test_metrics_of_any_content(file: str, steps: list[int], value: Any, drop: bool, run: Callable[..., str]) -> None:
     run("report", file, lambda path: edited(path, steps, value, drop))
 

@@ -95,8 +95,10 @@ def test_each_readable_image_has_its_id_path_and_features(tmp_path: Path, checkp
     assert not Path(f"{out}.parts").exists()
 
 
-def test_killed_stopped_and_run_again_it_leaves_the_bytes_of_a_quiet_run(tmp_path: Path, checkpoint: Path) -> None:
-    folder, out = fill(tmp_path / "images", 4 * embed.PART_FILES), tmp_path / "killed.parquet"
+def test_killed_and_run_again_it_leaves_the_bytes_of_a_quiet_run(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = fill(tmp_path / "images", 3 * embed.PART_FILES), tmp_path / "killed.parquet"
     quiet = tmp_path / "quiet.parquet"
     embed_folder(folder, quiet, checkpoint, device=CPU)
 
@@ -106,20 +108,27 @@ def test_killed_stopped_and_run_again_it_leaves_the_bytes_of_a_quiet_run(tmp_pat
     process.communicate()
     assert process.returncode == -signal.SIGKILL and not out.exists()
 
+    capsys.readouterr()
+    embed_folder(folder, out, checkpoint, device=CPU)
+    assert "going on after" in capsys.readouterr().out
+    assert out.read_bytes() == quiet.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "killed.parquet", "quiet.parquet"]
+
+
+@pytest.mark.acceptance  # `ending` is heeded as by the stages, of which test_ending.py tells
+def test_stopped_in_order_it_asks_to_be_run_again_and_goes_on(tmp_path: Path, checkpoint: Path) -> None:
+    folder, out = fill(tmp_path / "images", 4 * embed.PART_FILES), tmp_path / "features.parquet"
     process = command(folder, out, checkpoint)
-    after_parts(process, out, 2)
+    after_parts(process, out, 1)
     process.send_signal(signal.SIGINT)
-    words, errors = process.communicate()
+    _, errors = process.communicate()
     assert process.returncode == EXIT_REQUEUE and not out.exists()
     assert "run the same command again" in errors and "Traceback" not in errors
-    assert "going on after 512 files" in words or "going on after 1,024 files" in words
 
     process = command(folder, out, checkpoint)
     words, errors = process.communicate()
     assert (process.returncode, errors) == (0, "")
     assert "going on after" in words
-    assert out.read_bytes() == quiet.read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "killed.parquet", "quiet.parquet"]
 
 
 @pytest.fixture

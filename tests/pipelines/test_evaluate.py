@@ -467,6 +467,7 @@ def test_images_of_other_channels_and_a_diverged_network_are_refused(folder: Pat
     ]
 
 
+@pytest.mark.acceptance  # tests/dino tells it of features and of the linear training
 def test_two_ranks_write_what_one_writes(folder: Path) -> None:
     one = evaluate("knn", "linear")
     shutil.rmtree("features")

@@ -51,8 +51,9 @@ def test_each_image_has_its_pictures_in_its_proportions(tmp_path: Path, photos: 
         assert len(sizes) == 1
         width, height = sizes.pop()
         assert height * grid[1] == width * grid[0] and max(width, height) > 300
-    look_at(photos, tmp_path / "again", checkpoint, px=20)
-    assert contents(tmp_path / "again") == found
+    look_at(photos[:1], tmp_path / "once", checkpoint, px=20)
+    look_at(photos[:1], tmp_path / "again", checkpoint, px=20)
+    assert contents(tmp_path / "again") == contents(tmp_path / "once")
 
 
 def test_the_nearest_images_are_those_of_the_slow_loop_without_the_image_itself(

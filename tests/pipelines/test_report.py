@@ -217,15 +217,21 @@ def test_the_counts_are_those_of_the_images(page: Page):
     assert page.words.count("✗") == wrong
 
 
-def test_without_labels_the_parts_that_need_them_are_left_out_with_a_word(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    make_results(tmp_path, labelled=False)
-    (tmp_path / "report").mkdir()
-    (tmp_path / "report/confusion.png").write_bytes(b"from an older report")
-    page = Page(make_report(tmp_path, monkeypatch))
+@pytest.fixture(scope="module")
+def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the report of images without labels, made over an older one with."""
+    root = make_results(tmp_path_factory.mktemp("unlabelled"), labelled=False)
+    (root / "report").mkdir()
+    (root / "report/confusion.png").write_bytes(b"from an older report")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_report(root, monkeypatch)
+    return root
+
+
+def test_without_labels_the_parts_that_need_them_are_left_out_with_a_word(unlabelled: Path):
+    page = Page((unlabelled / "report/index.html").read_text(encoding="utf-8"))
     pictures = {"scores.png", "curves.png", "neighbours.png", "attention.png"}  # scores.png says why there are none
-    assert set(digests(tmp_path / "report")) == {"index.html", *pictures}
+    assert set(digests(unlabelled / "report")) == {"index.html", *pictures}
     assert "Without labels the trained backbone has no score; training is healthy." in page.words
     assert page.words.count(f"Left out: {NO_LABELS['skipped']}.") == 3
     assert "no labels" in page.words and "Errors" not in page.words and "✗" not in page.words
@@ -313,8 +319,8 @@ def test_the_snapshots_are_drawn_told_and_listed(page: Page, source: str):
                     ["2", "(teacher)", "40", "70.0", "(60.0\u201380.0)", "5.0", "0.2"]]  # fmt: skip
 
 
-def test_snapshots_without_labels_show_directions_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    source = make_report(make_results(tmp_path, labelled=False), monkeypatch)
+def test_snapshots_without_labels_show_directions_only(unlabelled: Path):
+    source = (unlabelled / "report/index.html").read_text(encoding="utf-8")
     section = source[source.index('<section id="snapshots">') :]
     section = section[: section.index("</section>")]
     assert section.count("<svg") == 1 and "Directions in use (RankMe), on val" in section

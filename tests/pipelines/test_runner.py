@@ -24,13 +24,16 @@ def in_the_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_outcomes_are_dvcs(tmp_path):
+def test_outcomes_are_dvcs_and_whether_a_stage_would_run_is_known_without_running_it(tmp_path):
     root = repository(tmp_path, {"a": ([], "print('working')")})
     lines: list[str] = []
     with StageRunner() as runner:
+        assert runner.would_run("a")
+        assert not (root / "a.out").exists()
         first = runner.run("a", lines.append)
         assert (first.outcome, first.exit_code) == (Outcome.RAN, 0)
         assert lines == ["> python a.py", "working"]  # and none of DVC's chatter
+        assert not runner.would_run("a")
         again = runner.run("a", lines.append)
         assert (again.outcome, again.last_lines) == (Outcome.UNCHANGED, ())
         (root / "dvc.lock").unlink()
@@ -39,24 +42,27 @@ def test_outcomes_are_dvcs(tmp_path):
         assert (root / "a.out").read_text() == "done"
         assert lines == ["> python a.py", "working"]
     with StageRunner(force=True) as forced:
+        assert forced.would_run("a")
         assert forced.run("a", lines.append).outcome is Outcome.RAN
 
 
-def test_a_failing_stage_ends_with_its_last_lines(tmp_path):
+def test_a_failing_stage_ends_with_its_last_lines_and_names_its_log_and_the_command_to_run_it_again(tmp_path):
     repository(tmp_path, {"a": ([], "for i in range(50): print('line', i)\nraise SystemExit('no such folder')")})
+    log = tmp_path / ".work/logs/a.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("line of an earlier run")
     with StageRunner() as runner:
         result = runner.run("a", lambda line: None)
+        assert runner.dvc("step", ["fetch", "--nonsense"], lambda line: None).rerun == "dvc fetch --nonsense"
     assert result.outcome is Outcome.FAILED
     assert result.exit_code != 0
     assert result.last_lines[-3:-1] == ("line 49", "no such folder")
     assert "exited with 1" in result.last_lines[-1]
-
-
-def test_stages_use_this_interpreter_whatever_the_path_says(tmp_path, monkeypatch):
-    repository(tmp_path, {"a": ([], "import sys; print(sys.executable)")})
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    with StageRunner() as runner:
-        assert Path(runner.run("a", lambda line: None).last_lines[-1]).parent == Path(sys.executable).parent
+    assert result.log is not None and result.log.samefile(log)
+    assert [line for line in log.read_text().splitlines() if line.startswith("line ")] == [
+        f"line {i}" for i in range(50)
+    ]
+    assert result.rerun.endswith(" a")
 
 
 def test_the_rerun_command_fits_the_environment(monkeypatch):
@@ -67,7 +73,8 @@ def test_the_rerun_command_fits_the_environment(monkeypatch):
 
 
 WAITS = """
-import pathlib, time
+import pathlib, sys, time
+print(sys.executable)
 print("ready")
 until = time.monotonic() + 30
 while not pathlib.Path("go").exists():
@@ -76,12 +83,15 @@ while not pathlib.Path("go").exists():
 """
 
 
-def test_output_comes_line_by_line_while_the_stage_runs(tmp_path, monkeypatch):
+def test_output_comes_line_by_line_while_the_stage_runs_by_this_interpreter(tmp_path, monkeypatch):
+    """Whatever the path says, and left alone where it ends in time."""
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
     root = repository(tmp_path, {"a": ([], WAITS)})
     with StageRunner() as runner:
-        result = runner.run("a", lambda line: (root / "go").touch() if line == "ready" else None)
+        result = runner.run("a", lambda line: (root / "go").touch() if line == "ready" else None, limit_minutes=1)
     assert result.outcome is Outcome.RAN
+    assert Path(result.last_lines[-2]).parent == Path(sys.executable).parent
 
 
 def test_siblings_overlap_and_both_are_recorded(tmp_path):
@@ -192,33 +202,3 @@ def test_a_time_limit_ends_the_process_group_after_the_trainer_has_saved(tmp_pat
     assert clocks[0].seconds == 5400 and not clocks[0].running
     assert not lives(pid_in(root / "pid"))
     assert (root / "saved").read_text() == "whole"
-
-
-def test_who_ends_in_time_is_left_alone(tmp_path):
-    repository(tmp_path, {"a": ([], "")})
-    with StageRunner() as runner:
-        assert runner.run("a", lambda line: None, limit_minutes=1).outcome is Outcome.RAN
-
-
-def test_a_failure_names_its_log_and_the_command_to_run_it_again(tmp_path):
-    repository(tmp_path, {"a": ([], "for i in range(50): print('line', i)\nraise SystemExit(1)")})
-    with StageRunner() as runner:
-        runner.run("a", lambda line: None)
-        failed = runner.run("a", lambda line: None)  # whose log replaces the first one's
-        assert failed.log is not None
-        assert [line for line in failed.log.read_text().splitlines() if line.startswith("line ")] == [
-            f"line {i}" for i in range(50)
-        ]
-        assert failed.rerun.endswith(" a")
-        assert runner.dvc("step", ["fetch", "--nonsense"], lambda line: None).rerun == "dvc fetch --nonsense"
-
-
-def test_whether_a_stage_would_run_is_known_without_running_it(tmp_path):
-    root = repository(tmp_path, {"a": ([], "")})
-    with StageRunner() as runner:
-        assert runner.would_run("a")
-        assert not (root / "a.out").exists()
-        runner.run("a", lambda line: None)
-        assert not runner.would_run("a")
-    with StageRunner(force=True) as forced:
-        assert forced.would_run("a")
