@@ -53,10 +53,10 @@ def tick() -> State:
     tell_once()
     run = _this_run()
     if other := holder(LOCK):
-        return Cancelled(message=f"A tick runs here already ({other}): this one is left out")
+        return _left_out(f"A tick runs here already ({other}): this one is left out")
     before = last_began()
     if before and run.expected_start_time and run.expected_start_time < before:
-        return Cancelled(message=f"Missed; the tick that began at {before:%Y-%m-%d %H:%M:%S} UTC has covered it")
+        return _left_out(f"Missed; the tick that began at {before:%Y-%m-%d %H:%M:%S} UTC has covered it")
     with hold(LOCK, "runs a tick here"):
         tidy_up(run, before)
         webhook = None
@@ -69,6 +69,11 @@ def tick() -> State:
         if webhook and not state.is_cancelled() and state.name != UNCHANGED:
             get_run_logger().info(notify.tell(webhook, f"{paths.real_root().name}: {state.message}"))
     return state
+
+
+def _left_out(words: str) -> State:
+    get_run_logger().info(words)
+    return Cancelled(message=words)
 
 
 def _work(settings: Any) -> State:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from listener import Listener, listening
 from prefect_witness import Server, environment, started
 from toy import PROJECT, lives, pid_in, repository, wait_until
 
@@ -44,26 +45,31 @@ def one_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture
+def listener() -> Iterator[Listener]:
+    with listening() as webhook:
+        yield webhook
+
+
+@pytest.fixture
 def server(one_server: Server) -> Server:
     one_server.since = datetime.now(UTC).isoformat()
     return one_server
 
 
-def toy(tmp_path: Path, script: str, **rules: object) -> Path:
+def toy(tmp_path: Path, script: str, webhook: str | None = None, **rules: object) -> Path:
     """One stage, in a folder that names a deployment of its own: late runs of another test's would be run too."""
     plain = {"retries": 0, "delay_seconds": 0.5, "limit_minutes": None, "gpu": False}
     tmp_path.mkdir(exist_ok=True)
-    return repository(
-        tmp_path / tmp_path.name, {"pretrain": ([], script)}, {"stages": {"pretrain": {**plain, **rules}}}
-    )
+    settings = {"stages": {"pretrain": {**plain, **rules}}, "webhook": webhook}
+    return repository(tmp_path / tmp_path.name, {"pretrain": ([], script)}, settings)
 
 
 def serve(*options: str) -> list[str]:
     return [sys.executable, "-m", "pipelines.serve", *options]
 
 
-def test_ticks_run_what_changed_say_when_nothing_did_and_outlive_a_servers_restart(tmp_path, server):
-    root = toy(tmp_path, READS)
+def test_ticks_run_what_changed_say_when_nothing_did_and_outlive_a_servers_restart(tmp_path, server, listener):
+    root = toy(tmp_path, READS, webhook=listener.address)
     described = (root / "dvc.yaml").read_text().replace("- pretrain.py", "- pretrain.py\n    - watched")
     (root / "dvc.yaml").write_text(described)
     (root / "watched").write_text("first")
@@ -84,6 +90,8 @@ def test_ticks_run_what_changed_say_when_nothing_did_and_outlive_a_servers_resta
         assert serving.poll() is None
     assert serving.returncode == 0
     assert {"first", "second"} <= set((root / "serve.log").read_text().split())
+    told = [said["text"] for _, said in listener.heard]  # of what ran, not of ticks that found nothing to do
+    assert len(told) == 2 and all(f"{root.name}: " in text and "1 stage, 1 ran" in text for text in told), told
 
 
 def test_a_tick_while_one_runs_is_cancelled(tmp_path, server):
@@ -93,6 +101,9 @@ def test_a_tick_while_one_runs_is_cancelled(tmp_path, server):
     cancelled = [run["state"]["message"] for run in server.runs("Cancelled")]
     assert any(message.startswith("A tick runs here already (process ") for message in cancelled)
     assert not server.count("Failed", "Crashed")
+    said = (root / "serve.log").read_text()
+    assert "this one is left out" in said
+    assert "at capacity" not in said and "Traceback" not in said
 
 
 def test_a_tick_while_one_runs_waits_on_request_and_all_that_were_missed_meanwhile_are_one(tmp_path, server):
