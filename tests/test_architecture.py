@@ -1,9 +1,12 @@
 """The law of direction: who may import whom, where each outsider lives, and that DVC sees all code that computes."""
 
 import ast
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +119,12 @@ class Imports(ast.NodeVisitor):
         self.depth -= 1
 
 
+@cache
+def imports_of(file: str) -> Imports:
+    """Read once: most tests ask for most files."""
+    return Imports(file)
+
+
 def is_in(module: str, package: str) -> bool:
     return f"{module}.".startswith(f"{package}.")
 
@@ -130,6 +139,7 @@ def our_files(module: str) -> Iterator[str]:
                 yield file
 
 
+@cache
 def computes(file: str) -> bool:
     """Not plumbing, and not a package's file that holds its docstring only."""
     if file in PLUMBING:
@@ -138,6 +148,7 @@ def computes(file: str) -> bool:
     return not (file.endswith("__init__.py") and all(isinstance(node, ast.Expr) for node in body))
 
 
+@cache
 def code_of(file: str) -> set[str]:
     """The file and all of ours that it imports and that compute, in any way."""
     found: set[str] = set()
@@ -145,13 +156,13 @@ def code_of(file: str) -> set[str]:
     while todo:
         if (this := todo.pop()) not in found and computes(this):
             found.add(this)
-            todo += [other for module in Imports(this).all for other in our_files(module)]
+            todo += [other for module in imports_of(this).all for other in our_files(module)]
     return found
 
 
 @pytest.mark.parametrize("file", files("dino"))
 def test_dino_imports_its_five_and_nothing_of_the_pipeline(file):
-    imports = Imports(file)
+    imports = imports_of(file)
 
     def strangers(modules: set[str], allowed: set[str]) -> set[str]:
         return {module.split(".")[0] for module in modules} - allowed - sys.stdlib_module_names - {"dino"}
@@ -162,7 +173,7 @@ def test_dino_imports_its_five_and_nothing_of_the_pipeline(file):
 
 @pytest.mark.parametrize("file", files("dino", "pipelines", "benchmarks"))
 def test_each_outsider_has_one_home(file):
-    modules = Imports(file).all
+    modules = imports_of(file).all
     visited = {outsider for outsider in HOMES if any(is_in(module, outsider) for module in modules)}
     assert not {outsider for outsider in visited if file not in HOMES[outsider]}
 
@@ -172,20 +183,20 @@ def test_every_home_is_lived_in(outsider):
     """A house that moved takes its entry along."""
     homes = [home for home in HOMES[outsider] if (ROOT / home).is_file()]
     assert homes
-    assert all(any(is_in(module, outsider) for module in Imports(home).all) for home in homes)
+    assert all(any(is_in(module, outsider) for module in imports_of(home).all) for home in homes)
 
 
 @pytest.mark.parametrize("file", sorted(PLUMBING & set(files("pipelines"))))
 def test_plumbing_knows_no_stage_and_no_maths(file):
     settings_and_files = ("dino.config", "dino.files", "dino.training_state")
-    for module in Imports(file).all:
+    for module in imports_of(file).all:
         assert not is_in(module, "pipelines.stages")
         assert not is_in(module, "dino") or any(is_in(module, known) for known in settings_and_files)
 
 
 @pytest.mark.parametrize("file", files("pipelines/stages"))
 def test_stages_know_no_other_stage(file):
-    assert not {module for module in Imports(file).all if is_in(module, "pipelines.stages")}
+    assert not {module for module in imports_of(file).all if is_in(module, "pipelines.stages")}
 
 
 def test_no_module_is_beyond_the_law():
@@ -262,70 +273,104 @@ def test_the_flow_names_no_stage(file):
     assert not (texts | names) & set(STAGES)
 
 
-def test_importing_dino_loads_nothing_heavy():
-    run(
-        "import sys; before = set(sys.modules); import dino; dino.load\n"
-        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
-        "assert new <= sys.stdlib_module_names | {'dino'}, new\n"
-        "assert 'dino.checkpoint' not in sys.modules"
-    )
+# In new interpreters; two serve all these tests, since importing torch or Prefect takes seconds
 
 
-def run(code: str) -> None:
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+def printed(code: str, environment: dict[str, str]) -> str:
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
+    return ended.stdout
 
 
-def test_our_vits_load_no_torchvision():
+ABSENT = ["pipelines", "pydantic", "yaml", "dvc", "mlflow", "prefect", "pandas", "sklearn", "matplotlib", "rich"]
+ON_A_BARE_MACHINE = f"""
+import importlib, json, pkgutil, sys
+sys.modules.update(dict.fromkeys({ABSENT}))  # None: ModuleNotFoundError
+loaded = {{"nothing": list(sys.modules)}}
+import dino
+dino.load
+loaded["dino"] = list(sys.modules)
+for module in "dino.pretrain", "dino.checkpoint":
+    importlib.import_module(module)
+    loaded[module] = list(sys.modules)
+for module in pkgutil.walk_packages(dino.__path__, "dino."):
+    importlib.import_module(module.name)
+loaded["all"] = list(sys.modules)
+print(json.dumps(loaded))
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, set[str]]:
+    """What is loaded after nothing, `dino`, `dino.pretrain`, `dino.checkpoint`, and all of it."""
+    return {name: set(modules) for name, modules in json.loads(printed(ON_A_BARE_MACHINE, {**os.environ})).items()}
+
+
+def test_importing_dino_loads_nothing_heavy(loaded):
+    new = {name.split(".")[0] for name in loaded["dino"] - loaded["nothing"]}
+    assert new <= sys.stdlib_module_names | {"dino"}
+    assert "dino.checkpoint" not in loaded["dino"]
+
+
+def test_the_key_of_a_training_holds_the_files_that_python_loads(loaded):
+    from dino.fingerprint import code_files
+
+    training = {f"dino.{file.stem}" for file in code_files("pretrain")}
+    assert training == {name for name in loaded["dino.pretrain"] if name.startswith("dino.")}
+
+
+def test_our_vits_load_no_torchvision(loaded):
     """It takes more than a second to import; its own networks, and timm's, bring it when they are built."""
-    run("import sys, dino.checkpoint, dino.pretrain; assert 'torchvision' not in sys.modules")
+    assert "torch" in loaded["dino.checkpoint"] and "torchvision" not in loaded["dino.checkpoint"]
 
 
-def test_the_flow_loads_no_torch_and_no_stage():
-    run(
-        "import sys, pipelines.serve\n"
-        "heavy = [name for name in sys.modules if name == 'torch' or name.startswith(('dino', 'pipelines.stages'))]\n"
-        "assert not heavy, heavy"
-    )
-
-
-def test_dino_runs_where_nothing_of_the_pipeline_is_installed():
+def test_dino_runs_where_nothing_of_the_pipeline_is_installed(loaded):
     """A bare GPU machine."""
-    absent = ["pipelines", "pydantic", "yaml", "dvc", "mlflow", "prefect", "pandas", "sklearn", "matplotlib", "rich"]
-    run(
-        "import importlib, pkgutil, sys\n"
-        f"sys.modules.update(dict.fromkeys({absent}))\n"  # None: ModuleNotFoundError
-        "import dino\n"
-        "for module in pkgutil.walk_packages(dino.__path__, 'dino.'): importlib.import_module(module.name)"
-    )
+    assert {file.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for file in files("dino")} <= loaded[
+        "all"
+    ]
 
 
-def test_nothing_is_sent_home_unasked():
-    """By the libraries' own account, with no such variable in the environment."""
-    code = """
-import os
-for name in list(os.environ):
-    if name.startswith(("PREFECT", "MLFLOW", "DVC", "DO_NOT", "PYTEST")) or name == "CI":  # MLflow is quiet in tests
-        del os.environ[name]
-import pipelines
+AT_HOME = """
+import json, sys
+import pipelines.serve
+modules = list(sys.modules)
 from dvc.analytics import is_enabled
 from mlflow.telemetry.utils import is_telemetry_disabled
 from prefect.settings import get_current_settings
-assert not is_enabled()
-assert is_telemetry_disabled()
-settings = get_current_settings().server
-assert not settings.analytics_enabled
-assert settings.api.host == "127.0.0.1"
-assert settings.ephemeral.startup_timeout_seconds == 90
+server = get_current_settings().server
+print(json.dumps({
+    "modules": modules,
+    "sent": {"dvc": is_enabled(), "mlflow": not is_telemetry_disabled(), "prefect": server.analytics_enabled},
+    "host": server.api.host,
+    "patience": server.ephemeral.startup_timeout_seconds,
+}))
 """
-    run(code)
+
+
+@pytest.fixture(scope="module")
+def at_home() -> dict[str, Any]:
+    """Of the flow, where no variable says anything; MLflow is quiet in tests."""
+    named = ("PREFECT", "MLFLOW", "DVC", "DO_NOT", "PYTEST")
+    unasked = {name: value for name, value in os.environ.items() if not name.startswith(named) and name != "CI"}
+    return json.loads(printed(AT_HOME, unasked))
+
+
+def test_the_flow_loads_no_torch_and_no_stage(at_home):
+    heavy = [name for name in at_home["modules"] if name == "torch" or name.startswith(("dino", "pipelines.stages"))]
+    assert "prefect" in at_home["modules"] and not heavy
+
+
+def test_nothing_is_sent_home_unasked(at_home):
+    """By the libraries' own account."""
+    assert at_home["sent"] == {"dvc": False, "mlflow": False, "prefect": False}
+    assert (at_home["host"], at_home["patience"]) == ("127.0.0.1", 90)
 
 
 def test_a_variable_that_is_set_stays():
-    run(
-        "import os; os.environ['PREFECT_SERVER_ANALYTICS_ENABLED'] = 'true'; import pipelines\n"
-        "assert os.environ['PREFECT_SERVER_ANALYTICS_ENABLED'] == 'true'"
-    )
+    name = "PREFECT_SERVER_ANALYTICS_ENABLED"
+    found = printed(f"import os, pipelines; print(os.environ['{name}'])", os.environ | {name: "true"})
+    assert found.strip() == "true"
 
 
 def test_dvc_called_by_hand_is_quiet_too():

@@ -12,7 +12,7 @@ from torch import nn
 from dino.backbones import build_backbone, feature_width, named_arch, seeded_backbone
 from dino.config import TORCHVISION, PretrainConfig
 from dino.networks import backbone_arch, build_dino
-from dino.vision_transformer import VisionTransformer, vit_small
+from dino.vision_transformer import VisionTransformer, vit_tiny
 
 SMALL = {"out_dim": 16, "hidden_dim": 8, "bottleneck_dim": 8, "drop_path_rate": 0.0}
 # one of each kind: plain, depthwise with dropout, layer norm with stochastic depth, windows
@@ -28,8 +28,14 @@ def test_the_list_of_names_is_torchvisions_but_for_those_of_one_size_or_of_no_po
     assert len(set(TORCHVISION)) == len(TORCHVISION)
 
 
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize(
+    ("channels", "name"),
+    [
+        pytest.param(channels, name, marks=[] if kind % 3 == place else pytest.mark.acceptance)  # each kind once
+        for kind, name in enumerate(KINDS)
+        for place, channels in enumerate([1, 3, 5])
+    ],
+)
 def test_a_name_of_torchvision_is_a_network_without_its_classifier(name: str, channels: int) -> None:
     arch = named_arch(name, channels, [64, 32])
     backbone = seeded_backbone(arch, 0)
@@ -44,8 +50,8 @@ def test_a_name_of_torchvision_is_a_network_without_its_classifier(name: str, ch
 
 def test_features_are_those_of_torchvision() -> None:
     torch.manual_seed(0)
-    whole = torchvision.models.resnet50(weights=None).eval()
-    backbone = build_backbone({"family": "torchvision", "name": "resnet50", "in_chans": 3}).eval()
+    whole = torchvision.models.resnet18(weights=None).eval()
+    backbone = build_backbone({"family": "torchvision", "name": "resnet18", "in_chans": 3}).eval()
     assert backbone.load_state_dict(whole.state_dict(), strict=False).unexpected_keys == ["fc.weight", "fc.bias"]
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -93,12 +99,12 @@ def test_our_vit_takes_any_number_of_channels() -> None:
 def test_timms_vit_with_our_weights_is_ours() -> None:
     """An implementation by other people: tokens, attention, norms and their order, to rounding in float64."""
     torch.manual_seed(0)
-    ours = vit_small(patch_size=16).double().eval()
-    theirs = build_backbone({"family": "timm", "name": "vit_small_patch16_224", "in_chans": 3}).double().eval()
+    ours = vit_tiny(patch_size=16).double().eval()
+    theirs = build_backbone({"family": "timm", "name": "vit_tiny_patch16_224", "in_chans": 3}).double().eval()
     for parameter in ours.parameters():  # no zero biases, no unit norms
         nn.init.normal_(parameter, std=0.05)
     theirs.load_state_dict(ours.state_dict())
-    images = torch.randn(2, 3, 224, 224, dtype=torch.float64)
+    images = torch.randn(1, 3, 224, 224, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(theirs(images), ours(images), rtol=0, atol=1e-10)
 

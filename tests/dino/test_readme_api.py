@@ -1,5 +1,6 @@
 """The public names as the README uses them."""
 
+import pytest
 import torch
 
 from dino.model import DINO, DINOHead, MultiCropWrapper, VisionTransformer, dino_loss
@@ -33,6 +34,7 @@ def test_the_readmes_loop_at_a_small_size() -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.acceptance  # smaller named sizes: test_vision_transformer.py
 def test_the_papers_size_constructs() -> None:
     student = VisionTransformer(img_size=224, patch_size=16, embed_dim=768)
     teacher = VisionTransformer(img_size=224, patch_size=16, embed_dim=768)
