@@ -81,7 +81,7 @@ class Registry:
         md5, tags = row.tags[TEACHER_TAG], tags_of(found)
         with alone:
             known = self.client.search_model_versions(f"name = '{self.model}' and tags.`{TEACHER_TAG}` = '{md5}'")
-            version = version_of(known[0]) if known else self._new(row, md5)
+            version = version_of(known[0]) if known else self._new(row, md5, tags)
             for name, text in tags.items():
                 if version.tags.get(name) != text:
                     self._tag(version.number, name, text)
@@ -141,7 +141,7 @@ class Registry:
         if before:
             self._tag(before.number, UNTIL_TAG, moment())
 
-    def _new(self, row: Row, md5: str) -> Version:
+    def _new(self, row: Row, md5: str, tags: dict[str, str]) -> Version:
         try:
             self.client.create_registered_model(self.model, description=DESCRIPTION)
         except MlflowException as error:
@@ -150,8 +150,9 @@ class Registry:
         model = self.client.get_logged_model(row.tags[MODEL_TAG])
         _upload_code(self.client, model, md5)
         about = f"{row.name}\n\n{row.tags.get(NOTE_TAG, '')}"
+        tags = {TEACHER_TAG: md5} | tags
         made = self.client.create_model_version(
-            self.model, model.artifact_location, row.run_id, {TEACHER_TAG: md5}, None, about, model_id=model.model_id
+            self.model, model.artifact_location, row.run_id, tags, None, about, model_id=model.model_id
         )
         return version_of(made)
 

@@ -1,10 +1,7 @@
 """What a tick exchanges with the world, by real DVC commands on a toy."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from dvc.cli import main as dvc_command
 from toy import repository
 
 from pipelines import exchange
@@ -15,8 +12,9 @@ from pipelines.runner import Outcome, StageRunner
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")
 
 
-def dvc(root: Path, *arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "dvc", "-q", *arguments], cwd=root, check=True)
+def dvc(*arguments: str) -> None:
+    """A command of DVC in the working directory."""
+    assert dvc_command(["-q", *arguments]) == 0
 
 
 def test_imports_are_updated_missing_data_comes_from_the_remote_and_results_go_there(tmp_path, monkeypatch):
@@ -31,8 +29,8 @@ def test_imports_are_updated_missing_data_comes_from_the_remote_and_results_go_t
         assert exchange.push(runner, outside(), said.append).outcome is Outcome.UNCHANGED
         assert "photos is watched where it lies" in said[0]
 
-        dvc(root, "import-url", str(source), "data")
-        dvc(root, "remote", "add", "--default", "shared", str(tmp_path / "shared"))
+        dvc("import-url", str(source), "data")
+        dvc("remote", "add", "--default", "shared", str(tmp_path / "shared"))
         found = outside()
         assert (found.remote, found.imports, found.missing) == ("shared", ("data.dvc",), ())
         assert exchange.bring_in(runner, found, "data", said.append).outcome is Outcome.UNCHANGED
@@ -43,7 +41,7 @@ def test_imports_are_updated_missing_data_comes_from_the_remote_and_results_go_t
         assert exchange.bring_in(runner, found, "data", said.append).outcome is Outcome.RAN
         assert (root / "data/2.txt").read_text() == "two"
 
-        dvc(root, "push")
+        dvc("push")
         for path in (root / "data", root / ".dvc/cache"):
             path.rename(tmp_path / path.name)
         assert outside().missing == ("data.dvc",)

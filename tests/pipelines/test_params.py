@@ -276,7 +276,7 @@ def edited(content: dict[str, Any], edit: Any) -> None:
 
 
 @given(st.lists(edits, min_size=1, max_size=4))
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_content_succeeds_or_names_a_key(tmp_path_factory: pytest.TempPathFactory, changes: list[Any]) -> None:
     content = copy.deepcopy(GOOD)
     for edit in changes:

@@ -111,6 +111,43 @@ def test_tables_labels_and_metrics_tell_the_same(prepared: Callable[..., Outs]) 
     assert not list(Path().rglob("*.part*"))
 
 
+def mixed() -> Files:
+    """With some that are shrunk, and a broken one."""
+    files = CLASSES | {f"cat/large{i}.jpg": encode(open_image(png(i, 90, 70, 3)), "JPEG") for i in range(80)}
+    return files | {"dog/broken.png": b"broken"}
+
+
+def laid(folder: Path, files: Files, *, backwards: bool) -> Path:
+    """The files, created in order of their names or against it."""
+    for name in sorted(files, reverse=backwards):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(files[name])
+    return folder
+
+
+def written(run: Path) -> dict[str, bytes]:
+    """All that a run left."""
+    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+
+
+OUTS = {str(path) for path in (*paths.IMAGES.values(), paths.LABELS, paths.DATA_METRICS, paths.SAMPLES_PICTURE)}
+
+
+def test_another_place_and_order_of_the_files_give_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for number in range(2):
+        run = tmp_path / f"run{number}"
+        run.mkdir()
+        monkeypatch.chdir(run)
+        folder = laid(tmp_path / f"images {number}", mixed(), backwards=bool(number))
+        prepare(folder, **SETTINGS | {"limits": Limits(40, 10**6, 10.0)})
+        found.append(written(run))
+    assert found[0].keys() == OUTS
+    assert found[0] == found[1]
+
+
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -120,28 +157,18 @@ prepare(Path(sys.argv[1]), val_fraction=.1, test_fraction=.2, limits=Limits(40, 
 """
 
 
+@pytest.mark.acceptance
 def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
     """Other hash seeds, another place, files created in another order, with shrinking and a broken file."""
-    files = CLASSES | {f"cat/large{i}.jpg": encode(open_image(png(i, 90, 70, 3)), "JPEG") for i in range(80)}
-    files["dog/broken.png"] = b"broken"
     runs = []
     for seed in ("1", "2"):
-        folder, run = tmp_path / f"images {seed}", tmp_path / f"run{seed}"
+        folder, run = laid(tmp_path / f"images {seed}", mixed(), backwards=seed == "2"), tmp_path / f"run{seed}"
         run.mkdir()
-        for name in sorted(files, reverse=seed == "2"):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(files[name])
         environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[2])}
         command = [sys.executable, "-c", SCRIPT, str(folder)]
         runs.append((run, subprocess.Popen(command, cwd=run, env=environment, stdout=subprocess.DEVNULL)))
-    written = []
-    for run, process in runs:
-        assert process.wait(timeout=300) == 0
-        written.append({str(p.relative_to(run)): p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()})
-    assert written[0].keys() == {
-        str(path) for path in (*paths.IMAGES.values(), paths.LABELS, paths.DATA_METRICS, paths.SAMPLES_PICTURE)
-    }
-    assert written[0] == written[1]
+    assert [process.wait(timeout=300) for _, process in runs] == [0, 0]
+    assert written(runs[0][0]) == written(runs[1][0])
 
 
 def test_labels_do_not_touch_the_tables(prepared: Callable[..., Outs]) -> None:

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import evidence
 import mlflow
+import mlflow_witness as witness
 import numpy as np
 import pandas as pd
 import pytest
@@ -34,10 +36,11 @@ ARCH = {"family": "vit", "img_size": 12, "patch_size": 4, "embed_dim": 16, "dept
 REPOSITORY = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def champion(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A real network, registered; its weights lie in a DVC cache and nowhere else. Their copy for comparison."""
-    monkeypatch.setattr(sys, "path", [*sys.path])  # mlflow puts the model's code first
+@pytest.fixture(scope="module")
+def registered(creation: witness.Creation, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a real network, registered; its weights lie in a DVC cache and, for comparison, in reference."""
+    home = tmp_path_factory.mktemp("registered")
+    shutil.copy(creation.path, home / "mlflow.db")
     evidence.lay(home)
     facts = {"format": BACKBONE_FORMAT, "arch": ARCH, "seed": 5, "channels": 3, "mean": [0.2, 0.25, 0.3],
              "std": [0.3, 0.2, 0.25], "params": evidence.RESOLVED, "evaluation": {"resize_px": 14, "crop_px": 12},
@@ -46,13 +49,32 @@ def champion(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     evidence.write_lock(home)
     (home / ".dvc").mkdir()
     (home / ".dvc/config").write_text("[core]\n    no_scm = true\n")
-    assert promote.consider(evidence.SETTINGS).moved
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        for name in ("MLFLOW_TRACKING_URI", "DINO_ROOT", "DVC_EXP_NAME", "DINO_FLOW_RUN_ID", "RANK"):
+            patch.delenv(name, raising=False)
+        assert promote.consider(evidence.SETTINGS).moved
     cached = stored(home / ".dvc/cache", workspace.file_md5(home / paths.TEACHER))
     (home / paths.TEACHER).rename(cached)
+    (home / "reference.safetensors").write_bytes(cached.read_bytes())
+    return home
+
+
+@pytest.fixture
+def home(registered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it as the working directory, to be spoilt; its database names the artifacts of the first."""
+    home = Path(shutil.copytree(registered, tmp_path / "home"))
+    monkeypatch.setattr(sys, "path", [*sys.path])  # mlflow puts the model's code first
+    monkeypatch.delenv("DINO_ROOT", raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlflow.db")
-    reference = home / "reference.safetensors"
-    reference.write_bytes(cached.read_bytes())
-    return reference
+    monkeypatch.chdir(home)
+    return home
+
+
+@pytest.fixture
+def champion(home: Path) -> Path:
+    """The weights of the registered network."""
+    return home / "reference.safetensors"
 
 
 def stored(place: Path, md5: str) -> Path:
