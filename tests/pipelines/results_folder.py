@@ -24,6 +24,7 @@ from pipelines.stages.select import COLUMNS as SELECT_COLUMNS
 
 REPOSITORY = Path(__file__).parents[2]
 SIDE_PX, WIDTH, PROTOTYPES = 12, 16, 64
+QUERIES = 4  # images whose neighbours are shown: half of the usual pictures to draw
 COUNTS = {"train": 12, "val": 3, "test": 5}  # images of each class
 KEY = "0123456789abcdef"
 HEALTHY = {
@@ -101,9 +102,9 @@ def make_results(
         guesses = [names[rng.integers(len(names))] if rng.random() < 0.3 else name for name in actual]
         with (root / "plots/knn_predictions.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("actual", "predicted"), *zip(actual, guesses, strict=True)])
-    (root / "params.yaml").write_bytes(
-        (REPOSITORY / "params.yaml").read_bytes().replace(b"enabled: true", b"enabled: false")
-    )
+    text = (REPOSITORY / "params.yaml").read_text(encoding="utf-8").replace("enabled: true", "enabled: false")
+    text = text.replace("nearest_queries: 8", f"nearest_queries: {QUERIES}")
+    (root / "params.yaml").write_text(text, encoding="utf-8")
     return root
 
 

@@ -293,7 +293,7 @@ changes = {
 
 
 @given(**changes)
-@example(file="metrics/pretrain.json", steps=[26], value=None, drop=False)  # images_seen: null, which broke the page
+@example(file="metrics/pretrain.json", steps=[7], value=None, drop=False)  # images_seen: null, which broke the page
 @settings(fuzz, phases=[Phase.explicit])
 def test_metrics_of_any_content(file: str, steps: list[int], value: Any, drop: bool, run: Callable[..., str]) -> None:
     run("report", file, lambda path: edited(path, steps, value, drop))

@@ -9,9 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,11 +21,13 @@ import torch
 import yaml
 from tiny import SETTINGS, digits, write_table
 from told import ended
+from toy import wait_until
 
 from dino.checkpoint import load_backbone
 from dino.training_state import load_state
 from dino.weights import untrained_backbone
 from pipelines import params
+from pipelines.ending import SIGNALS
 from pipelines.intent import key_here
 from pipelines.lock import hold
 from pipelines.resumable import Resumable
@@ -60,16 +63,18 @@ class Workplace:
         content["runtime"]["wait_for_lock_minutes"] = 0
         (self.root / "params.yaml").write_text(yaml.safe_dump(content))
 
-    def run_here(self, terminal: TextIO | None = None) -> tuple[int, str, str]:
-        """The stage in this process, whose own signals stay as they are: exit code, output, and errors.
+    def run_here(self, terminal: TextIO | None = None, *, heeds: bool = False) -> tuple[int, str, str]:
+        """The stage in this process: exit code, output, and errors.
 
         Args:
             terminal: gets the errors.
+            heeds: signals, which else stay pytest's own.
         """
         out, err = io.StringIO(), io.StringIO()
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(terminal or err):
             patch.chdir(self.root)
-            patch.setattr(pretrain, "StopRequest", lambda: lambda: False)
+            if not heeds:
+                patch.setattr(pretrain, "StopRequest", lambda: lambda: False)
             for name in ("DINO_ROOT", "DINO_TRACEBACK", "WORLD_SIZE", "RANK"):
                 patch.delenv(name, raising=False)
             patch.setenv("DINO_DEVICE", "cpu")
@@ -122,6 +127,17 @@ def wait_for(process: subprocess.Popen[str], true: Callable[[], bool]) -> None:
         time.sleep(0.03)
 
 
+@contextmanager
+def signals_kept() -> Iterator[None]:
+    """Handlers are afterwards what they were."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def end(process: subprocess.Popen[str], number: int) -> tuple[str, str]:
     os.killpg(process.pid, number)
     return process.communicate(timeout=300)
@@ -160,11 +176,20 @@ def test_killed_in_mid_epoch_elsewhere_and_run_again_it_leaves_the_same_bytes(
 def test_told_to_end_it_saves_says_how_to_go_on_and_asks_to_be_run_again(quiet_run: Workplace, tmp_path: Path) -> None:
     """Then it goes on with other threads, which is told and recorded."""
     place = Workplace(tmp_path)
-    process = place.start(0, THREADS + 1)
-    wait_for(process, lambda: place.saved_step() >= 3)
-    _, err = end(process, signal.SIGTERM)
+
+    def tell() -> None:
+        wait_until(lambda: place.saved_step() >= 3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with signals_kept():
+        teller = threading.Thread(target=tell)
+        teller.start()
+        torch.set_num_threads(THREADS + 1)
+        code, _, err = place.run_here(heeds=True)
+        torch.set_num_threads(THREADS)
+        teller.join()  # before the signals are pytest's again
     stopped_at = place.saved_step()
-    assert process.returncode == EXIT_REQUEUE
+    assert code == EXIT_REQUEUE
     said = f"stopped after step {stopped_at} of {STEPS}; its state is saved, run the same command again to go on"
     assert err == f"pretrain: {said}\n"
     place.save_steps = 1000

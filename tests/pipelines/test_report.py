@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from results_folder import COUNTS, HEALTHY, NO_LABELS, REPOSITORY, make_results
+from results_folder import COUNTS, HEALTHY, NO_LABELS, QUERIES, REPOSITORY, make_results
 
 from dino.images import ImageTable
 from pipelines import params, paths
@@ -213,7 +213,7 @@ def test_the_counts_are_those_of_the_images(page: Page):
     neighbours = [attributes.get("class", "") for tag, attributes in page.tags if tag == "figure"]
     wrong = neighbours.count("picture wrong")
     found = re.search(r"(\d+) of these (\d+) neighbours share", page.words)
-    assert found and (int(found[1]), int(found[2])) == (48 - wrong, 48) and wrong > 0
+    assert found and (int(found[1]), int(found[2])) == (6 * QUERIES - wrong, 6 * QUERIES) and wrong > 0
     assert page.words.count("✗") == wrong
 
 
@@ -235,7 +235,7 @@ def test_without_labels_the_parts_that_need_them_are_left_out_with_a_word(unlabe
     assert "Without labels the trained backbone has no score; training is healthy." in page.words
     assert page.words.count(f"Left out: {NO_LABELS['skipped']}.") == 3
     assert "no labels" in page.words and "Errors" not in page.words and "✗" not in page.words
-    assert sum(tag == "img" for tag, _ in page.tags) > 8 * 7  # neighbours and attention are there
+    assert sum(tag == "img" for tag, _ in page.tags) > QUERIES * 7  # neighbours and attention are there
 
 
 def test_pngs_hold_pixels_and_nothing_else(folder: Path, source: str):

@@ -147,6 +147,7 @@ def test_a_failing_stage_fails_with_its_words(
     assert not list((here / ".work").glob("verify/*"))
 
 
+@pytest.mark.acceptance  # test_runner.py and test_ending.py tell what it is made of
 def test_interrupted_it_ends_the_stage_and_removes_the_copy(here: Path) -> None:
     before = everything(here)
     environment = {**os.environ, "SLOW": "60", "PYTHONPATH": str(PROJECT)}
