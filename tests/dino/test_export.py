@@ -74,7 +74,7 @@ def test_onnx_of_grey_images_at_another_size(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def small(model: Pretrained) -> Pretrained:
-    """A convnet that the exporter has written in two seconds; its running statistics are no longer those of the beginning."""
+    """Written in two seconds; its running statistics are no longer those of the beginning."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(6)
         layers = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1)
