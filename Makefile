@@ -28,7 +28,7 @@ $(STAMP): requirements.txt
 install: $(STAMP) ## .venv with the pinned packages
 
 run: $(STAMP) ## data, pretraining, evaluation, report; then the table of scores
-	@python -m pipelines.ending dvc repro
+	@python -m pipelines.processes.ending dvc repro
 	@python -m pipelines.table
 
 test: $(STAMP) ## ruff, types, tests, and the whole pipeline on a tiny data set

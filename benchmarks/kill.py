@@ -31,8 +31,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from pipelines import params, paths
-from pipelines.scratch import copy_repository
-from pipelines.workspace import Lock
+from pipelines.processes.scratch import copy_repository
+from pipelines.rows.workspace import Lock
 
 BATCH, SAVE_STEPS = 64, 5
 START_UP, STEP, WRITE, END = "start-up", "step", "checkpoint write", "after the last step"

@@ -21,8 +21,8 @@ from dino.config import PretrainConfig
 from dino.networks import build_dino
 from dino.training_state import capture
 from pipelines import params
-from pipelines.resumable import Resumable
-from pipelines.save_clock import MAX_SHARE
+from pipelines.training.resumable import Resumable
+from pipelines.training.save_clock import MAX_SHARE
 
 PAPER = {"patch_size": 16, "global_px": 224, "local_px": 96, "hidden_dim": 2048, "bottleneck_dim": 256}
 SIZES = ("embed_dim", "depth", "num_heads")  # null: the named size's own

@@ -31,11 +31,11 @@ from dino.files import whole_file
 from dino.pretrained import Pretrained, Transform
 from pipelines import paths
 from pipelines.data.folders import find_images, printable, read_file
-from pipelines.embedded import read_embedded, read_facts, rows_table, write_embedded
-from pipelines.ending import heed, leave
-from pipelines.lock import hold
-from pipelines.progress import progress
-from pipelines.stage import positive, run_command
+from pipelines.evaluation.embedded import read_embedded, read_facts, rows_table, write_embedded
+from pipelines.processes.ending import heed, leave
+from pipelines.processes.lock import hold
+from pipelines.processes.progress import progress
+from pipelines.processes.stage import positive, run_command
 
 BATCH = 64  # files at once
 PART_FILES = 512  # kept together: what a kill costs at most

@@ -19,7 +19,7 @@ from dino.export import (
     export_torchvision,
 )
 from pipelines import paths
-from pipelines.stage import run_command
+from pipelines.processes.stage import run_command
 
 FORMATS: dict[str, tuple[str, Callable[..., Exported]]] = {
     "onnx": (f"ONNX opset {OPSET}, any batch, pixels of 0..1 (mean and std are inside)", export_onnx),

@@ -24,11 +24,12 @@ from prefect.futures import PrefectFuture, wait
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Completed, Failed
 
-from pipelines import artifacts, paths, stage_task, summary
-from pipelines.cancelling import heeding_cancellation
-from pipelines.graph import Graph, stage_graph, stages_for
-from pipelines.local_server import local_server
-from pipelines.runner import StageResult, StageRunner
+from pipelines import paths
+from pipelines.flows import artifacts, stage_task, summary
+from pipelines.flows.cancelling import heeding_cancellation
+from pipelines.flows.local_server import local_server
+from pipelines.processes.graph import Graph, stage_graph, stages_for
+from pipelines.processes.runner import StageResult, StageRunner
 
 INTERRUPTED = 130
 DESCRIPTION = "Bring the pipeline's stages up to date, in the order of DVC's graph"

@@ -11,7 +11,7 @@ import sys
 import uuid
 from typing import NoReturn
 
-from pipelines.ending import EXIT_REQUEUE
+from pipelines.processes.ending import EXIT_REQUEUE
 
 PROCESSES = "DINO_PROCESSES"
 LOOPBACK = "127.0.0.1"

@@ -23,11 +23,11 @@ from dino.files import whole_file
 from dino.pretrained import Pretrained, Transform, read_image
 from dino.vision_transformer import VisionTransformer
 from pipelines import paths
-from pipelines.charts import Picture, pictures_figure
-from pipelines.drawing import picture_png, png
-from pipelines.embedded import read_embedded
-from pipelines.ending import heed, leave
-from pipelines.stage import positive, run_command
+from pipelines.evaluation.embedded import read_embedded
+from pipelines.pictures.charts import Picture, pictures_figure
+from pipelines.pictures.drawing import picture_png, png
+from pipelines.processes.ending import heed, leave
+from pipelines.processes.stage import positive, run_command
 
 LARGER = 2  # than the evaluation crop: the default resolution, for finer maps
 SIDE_PX = 448  # of a picture, at least

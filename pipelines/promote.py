@@ -11,16 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pipelines import row, sync, workspace
-from pipelines.alone import alone
-from pipelines.row import EVALUATION_TAG
-from pipelines.scores import percent
-from pipelines.tracking import first_line, open_store
-from pipelines.version import HEALTH_TAG, JUDGED_ON, ROLLED_BACK_TAG, TITLES, Version
-from pipelines.version_table import show
+from pipelines import sync
+from pipelines.evaluation.scores import percent
+from pipelines.registered.version import HEALTH_TAG, JUDGED_ON, ROLLED_BACK_TAG, TITLES, Version
+from pipelines.registered.version_table import show
+from pipelines.rows import row, workspace
+from pipelines.rows.alone import alone
+from pipelines.rows.row import EVALUATION_TAG
+from pipelines.rows.tracking import first_line, open_store
 
 if TYPE_CHECKING:  # mlflow costs two seconds
-    from pipelines.registry import Registry
+    from pipelines.registered.registry import Registry
 
 FIT = ("healthy", "warming up")  # what the doctor calls a training that did not go wrong
 
@@ -88,7 +89,7 @@ def _decide(registry: "Registry", version: Version, *, score: str, margin: float
 
 def open_registry(params: Any) -> "Registry":
     """The registry that `params.runtime` names; imports mlflow."""
-    from pipelines.registry import Registry
+    from pipelines.registered.registry import Registry
 
     return Registry(open_store(params).client, row.plain(params)["runtime"]["promote"]["model"])
 

@@ -23,8 +23,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines import params, paths
-from pipelines.runner import child_environment
-from pipelines.stage import run_command
+from pipelines.processes.runner import child_environment
+from pipelines.processes.stage import run_command
 
 FOLDER = Path("recipes")
 DEFAULT = "fashion-mnist-cpu"  # names every setting; the others name what they change

@@ -27,7 +27,7 @@ from prefect.types.entrypoint import EntrypointType
 
 from pipelines import paths
 from pipelines.flow import INTERRUPTED, run_command, server_of_our_own
-from pipelines.graph import stage_graph
+from pipelines.processes.graph import stage_graph
 from pipelines.tick import tick
 
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}

@@ -22,11 +22,12 @@ from rich.filesize import decimal
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 
-from pipelines import paths, row, workspace
-from pipelines.intent import key_here
-from pipelines.lock import hold, holder
+from pipelines import paths
 from pipelines.params import load
-from pipelines.resumable import LOCK, NEWEST, PREVIOUS, states_folder
+from pipelines.processes.lock import hold, holder
+from pipelines.rows import row, workspace
+from pipelines.training.intent import key_here
+from pipelines.training.resumable import LOCK, NEWEST, PREVIOUS, states_folder
 
 
 @dataclass(frozen=True)

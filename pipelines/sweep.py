@@ -22,18 +22,22 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from pipelines import experiment, origin, params, paths, row, sweep_record, sweep_table
-from pipelines.ending import EXIT_REQUEUE, SIGNALS
-from pipelines.experiment import Base, Commands
-from pipelines.graph import settings_of_a_clone, stage_graph
-from pipelines.lock import hold
-from pipelines.progress import BETWEEN_LINES, heard
+from pipelines import params, paths
+from pipelines.processes import experiment
+from pipelines.processes.ending import EXIT_REQUEUE, SIGNALS
+from pipelines.processes.experiment import Base, Commands
+from pipelines.processes.graph import settings_of_a_clone, stage_graph
+from pipelines.processes.lock import hold
+from pipelines.processes.progress import BETWEEN_LINES, heard
+from pipelines.processes.stage import positive, run_command
 from pipelines.recipe import over
-from pipelines.stage import positive, run_command
-from pipelines.sweep_record import Record
-from pipelines.sweep_schedule import Schedule
-from pipelines.sweep_screen import Screen
-from pipelines.variants import Variant, digest, grid, label, look_up, nested, parse
+from pipelines.rows import origin, row
+from pipelines.sweeps import record as sweep_record
+from pipelines.sweeps import table as sweep_table
+from pipelines.sweeps.record import Record
+from pipelines.sweeps.schedule import Schedule
+from pipelines.sweeps.screen import Screen
+from pipelines.sweeps.variants import Variant, digest, grid, label, look_up, nested, parse
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 ANNOUNCED = re.compile(r"(?:Running stage|Stage) '([^']+)'")  # DVC's words before a stage, run or not

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines import origin, paths, row, workspace
-from pipelines.tracking import first_line, open_store, tracking_uri, without_secrets
+from pipelines import paths
+from pipelines.rows import origin, row, workspace
+from pipelines.rows.tracking import first_line, open_store, tracking_uri, without_secrets
 
 if TYPE_CHECKING:  # mlflow costs two seconds
-    from pipelines.mlflow_store import Row, Store
+    from pipelines.rows.mlflow_store import Row, Store
 
 
 def sync(params: object) -> str:
@@ -24,7 +25,7 @@ def sync(params: object) -> str:
     found = workspace.gather(row.plain(params))
     for why in found.left_out:
         print(why, file=sys.stderr)
-    from pipelines.registry import Registry
+    from pipelines.registered.registry import Registry
 
     store = open_store(params)
     target, new = written(store, found)
@@ -36,7 +37,7 @@ def sync(params: object) -> str:
 
 def written(store: "Store", found: workspace.Workspace) -> "tuple[Row, bool]":
     """The row of what was found, made or completed; and whether it is new."""
-    from pipelines.mlflow_store import add_evaluation
+    from pipelines.rows.mlflow_store import add_evaluation
 
     known = store.find(found.content.key)
     target = known or store.row(found.content.key, found.content.name)

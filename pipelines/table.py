@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipelines import paths, scores
+from pipelines import paths
+from pipelines.evaluation import scores
+from pipelines.evaluation.scores import KINDS, Evaluation
+from pipelines.processes.seconds import read_seconds
 from pipelines.reading import read_metrics, reading
-from pipelines.scores import KINDS, Evaluation
-from pipelines.seconds import read_seconds
 
 NARROW = 80  # columns; below, a score takes a line of its own
 PAGE = paths.REPORT / "index.html"

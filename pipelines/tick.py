@@ -26,12 +26,13 @@ from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture, wait
 from prefect.states import Cancelled, Completed, Crashed, Failed
 
-from pipelines import artifacts, exchange, notify, paths, stage_task, summary
-from pipelines.cancelling import heeding_cancellation
+from pipelines import paths
 from pipelines.flow import flow_run_environment, run_command, run_stages, server_of_our_own, tell_once
-from pipelines.graph import Graph, outside, stage_graph
-from pipelines.lock import hold, holder
-from pipelines.runner import Outcome, StageResult, StageRunner
+from pipelines.flows import artifacts, exchange, notify, stage_task, summary
+from pipelines.flows.cancelling import heeding_cancellation
+from pipelines.processes.graph import Graph, outside, stage_graph
+from pipelines.processes.lock import hold, holder
+from pipelines.processes.runner import Outcome, StageResult, StageRunner
 
 LOCK = paths.RUNNING / "tick"  # written when a tick begins
 DESCRIPTION = "Bring data in, run what is stale, promote what is better, push, report"
@@ -109,8 +110,8 @@ def _work(settings: Any) -> State:
 
 def promote(settings: Any, notes: list[str], say: stage_task.Say) -> StageResult:
     """Have new results considered for promotion, and show them beside the champion."""
-    from pipelines import champion  # here: mlflow takes seconds, and nothing changed takes few
-    from pipelines.tracking import first_line
+    from pipelines.flows import champion  # here: mlflow takes seconds, and nothing changed takes few
+    from pipelines.rows.tracking import first_line
 
     began = time.monotonic()
     result = partial(StageResult, PROMOTE, rerun="python -m pipelines.promote")

@@ -15,17 +15,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import origin, params, paths
-from pipelines.graph import cache_and_remote
-from pipelines.origin import COMMIT_TAG
+from pipelines import params, paths
+from pipelines.processes.graph import cache_and_remote
+from pipelines.processes.stage import run_command
 from pipelines.recipe import differences
-from pipelines.row import CHILD_OF_TAG, KEY_TAG, TEACHER_TAG
-from pipelines.stage import run_command
-from pipelines.tracking import open_store
-from pipelines.variants import nested
+from pipelines.rows import origin
+from pipelines.rows.origin import COMMIT_TAG
+from pipelines.rows.row import CHILD_OF_TAG, KEY_TAG, TEACHER_TAG
+from pipelines.rows.tracking import open_store
+from pipelines.sweeps.variants import nested
 
 if TYPE_CHECKING:  # mlflow costs two seconds
-    from pipelines.mlflow_store import Row
+    from pipelines.rows.mlflow_store import Row
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pipelines import paths, row, view, warden
-from pipelines.tracking import open_store, tracking_uri, without_secrets
+from pipelines import paths
+from pipelines.processes import warden
+from pipelines.rows import row, view
+from pipelines.rows.tracking import open_store, tracking_uri, without_secrets
 
 HOST, ANY = "127.0.0.1", "0.0.0.0"
 PORT = 5000

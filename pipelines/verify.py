@@ -17,13 +17,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipelines import ending, paths
+from pipelines import paths
 from pipelines.differences import difference
-from pipelines.graph import stage_graph, stages_for
-from pipelines.runner import Outcome, StageRunner
-from pipelines.scratch import copy_repository
-from pipelines.seconds import read_seconds
-from pipelines.workspace import Lock
+from pipelines.processes import ending
+from pipelines.processes.graph import stage_graph, stages_for
+from pipelines.processes.runner import Outcome, StageRunner
+from pipelines.processes.scratch import copy_repository
+from pipelines.processes.seconds import read_seconds
+from pipelines.rows.workspace import Lock
 
 QUIET = {"runtime": {"tracking": {"enabled": False}}}
 

@@ -21,59 +21,38 @@ ALLOWED_IN_DINO = {"torch", "torchvision", "numpy", "pyarrow", "safetensors"}
 # Imported where they are used, inside functions. PIL comes with torchvision.
 EXTRAS_OF_DINO = {"onnx", "onnxruntime", "timm", "PIL"}
 HOMES = {
-    "mlflow": {"pipelines/mlflow_store.py", "pipelines/dvc_source.py", "pipelines/registry.py", "pipelines/served.py"},
-    "prefect": {f"pipelines/{name}.py" for name in ("flow", "stage_task", "artifacts", "cancelling", "tick", "serve")},
-    "dvc": {"pipelines/graph.py", "pipelines/served.py"},
+    "mlflow": {
+        *("pipelines/rows/mlflow_store.py", "pipelines/rows/dvc_source.py"),
+        *("pipelines/registered/registry.py", "pipelines/registered/served.py"),
+    },
+    "prefect": {
+        *(f"pipelines/{name}.py" for name in ("flow", "tick", "serve")),
+        *(f"pipelines/flows/{name}.py" for name in ("stage_task", "artifacts", "cancelling")),
+    },
+    "dvc": {"pipelines/processes/graph.py", "pipelines/registered/served.py"},
     "pydantic": {"pipelines/params.py"},
-    "yaml": {"pipelines/params.py", "pipelines/workspace.py"},  # params.yaml; dvc.lock
+    "yaml": {"pipelines/params.py", "pipelines/rows/workspace.py"},  # params.yaml; dvc.lock
     "torch.distributed": {"dino/distributed.py", "pipelines/launch.py"},  # its operations; its launcher
-}
-
-# Commands on a finished result: they compute, for no stage, so no stage needs them.
-TOOLS = {f"pipelines/{name}.py" for name in ("embed", "embedded", "export", "look", "served")}
-# Changes here rerun nothing: none of it computes what stands in an out.
-PLUMBING = {"dino/__init__.py"} | {
-    f"pipelines/{name}.py"
-    for name in (
-        *(
-            "__init__",
-            "quiet",
-            "params",
-            "paths",
-            "stage",
-            "seconds",
-            "reading",
-            "shortage",
-            "progress",
-            "pace",
-            "launch",
-            "resumable",
-        ),
-        *("tracking", "mlflow_store", "row", "view", "workspace", "sync", "ui", "table"),
-        *("stages/__init__", "ending", "lock", "save_clock", "states", "scratch", "differences", "seconds"),
-        *(
-            "graph",
-            "runner",
-            "warden",
-            "flow",
-            "stage_task",
-            "artifacts",
-            "cancelling",
-            "local_server",
-            "summary",
-            "recipe",
-        ),
-        *("tick", "exchange", "champion", "notify", "serve"),
-        *("verify", "promote", "trace", "origin"),
-        *("sweep", "variants", "experiment", "sweep_record", "sweep_schedule", "sweep_screen", "sweep_table"),
-        *("registry", "version", "version_table", "baseline", "alone", "dvc_source"),
-    )
 }
 
 
 def files(*folders: str) -> list[str]:
     """Python files of the project, relative to its root."""
     return sorted(str(file.relative_to(ROOT)) for folder in folders for file in (ROOT / folder).rglob("*.py"))
+
+
+# Commands on a finished result: they compute, for no stage, so no stage needs them.
+TOOLS = {
+    *(f"pipelines/{name}.py" for name in ("embed", "export", "look")),
+    *("pipelines/evaluation/embedded.py", "pipelines/registered/served.py"),
+}
+# Changes here rerun nothing: none of it computes what stands in an out. All commands, and whole rooms.
+PLUMBING = {
+    *("dino/__init__.py", "pipelines/stages/__init__.py"),
+    *(str(file.relative_to(ROOT)) for file in (ROOT / "pipelines").glob("*.py")),
+    *files(*(f"pipelines/{room}" for room in ("processes", "rows", "registered", "flows", "sweeps"))),
+    *(f"pipelines/training/{name}.py" for name in ("pace", "resumable", "save_clock")),
+} - TOOLS
 
 
 class Imports(ast.NodeVisitor):
@@ -264,7 +243,10 @@ def test_every_path_of_dvc_yaml_stands_in_paths():
                 assert path in known, f"{stage}: {path}"
 
 
-@pytest.mark.parametrize("file", sorted({*HOMES["prefect"], "pipelines/runner.py", "pipelines/summary.py"}))
+FLOW = HOMES["prefect"] | {"pipelines/processes/runner.py", "pipelines/flows/summary.py"}
+
+
+@pytest.mark.parametrize("file", sorted(FLOW))
 def test_the_flow_names_no_stage(file):
     """It has their names from dvc.yaml, through DVC."""
     tree = ast.parse((ROOT / file).read_text())

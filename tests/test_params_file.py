@@ -69,7 +69,7 @@ def is_read(*path: str) -> bool:
     """Whether a file that reads the key's section reads the key: so `epochs` of one section is not that of another."""
     *sections, key = path
     if sections[:2] == ["runtime", "stages"]:  # by the stages' names in DVC's graph
-        return any(f"rules.{key}" in file.read_text(encoding="utf-8") for file in (ROOT / "pipelines").glob("*.py"))
+        return any(f"rules.{key}" in file.read_text(encoding="utf-8") for file in (ROOT / "pipelines").rglob("*.py"))
     if sections == ["pretrain"]:
         files = [file for file in (ROOT / "dino").glob("*.py") if re.search(r"\bconfig\b|Config\b", file.read_text())]
         if key in sizes_read_by_name() or any(key in names_read(file) for file in files):

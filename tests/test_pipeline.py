@@ -17,7 +17,7 @@ from tiny_settings import TINY
 
 import dino
 from dino.images import ImageTable
-from pipelines.scratch import copy_repository
+from pipelines.processes.scratch import copy_repository
 
 ROOT = Path(__file__).parents[1]
 STAGES = ["fetch", "prepare", "pretrain", "select", "embed", "knn", "probe", "linear", "report"]

@@ -9,11 +9,11 @@ from mutations import Mutation, table
 FILES = "dino/files.py"
 CHECKPOINT = "dino/checkpoint.py"
 IMAGES = "dino/images.py"
-RESUMABLE = "pipelines/resumable.py"
-FEATURES = "pipelines/feature_file.py"
-LABELS = "pipelines/labelled.py"
+RESUMABLE = "pipelines/training/resumable.py"
+FEATURES = "pipelines/evaluation/feature_file.py"
+LABELS = "pipelines/evaluation/labelled.py"
 PARAMS = "pipelines/params.py"
-TRACKING = "pipelines/tracking.py"
+TRACKING = "pipelines/rows/tracking.py"
 FAULTS = "pipelines/test_faults.py"
 SPOILT = "pipelines/test_bad_input.py::test_a_file_that_is_none_is_told_with_its_cure"
 UNFITTING = "pipelines/test_bad_input.py::test_features_and_labels_that_do_not_fit_are_told"
@@ -54,7 +54,7 @@ UNGUARDED = [
              "if bad := [name for name, total in totals.items() if not math.isfinite(total)]:",
              "if bad := [name for name in totals if False]:",
              f"{FAULTS}::test_a_training_that_diverges_names_its_step_and_keeps_the_last_good_save"),
-    Mutation("memory", "an allocation that failed is a traceback", "pipelines/shortage.py",
+    Mutation("memory", "an allocation that failed is a traceback", "pipelines/processes/shortage.py",
              "return isinstance(error, RuntimeError) and any(word in", "return False and any(word in",
              f"{FAULTS}::test_an_allocation_that_fails_is_told_without_a_traceback"),
     Mutation("MLflow away", "ends the training", TRACKING,
@@ -64,13 +64,13 @@ UNGUARDED = [
     Mutation("MLflow away", "waited for at the end", TRACKING,
              "self._thread.join(CLOSE_SECONDS)", "self._thread.join()",
              "pipelines/test_tracking.py::test_a_locked_database_delays_no_training"),
-    Mutation("resume", "curves are logged twice", "pipelines/mlflow_store.py",
+    Mutation("resume", "curves are logged twice", "pipelines/rows/mlflow_store.py",
              "if step not in self._logged(name) and (name, step) not in taken:", "if (name, step) not in taken:",
              "pipelines/test_tracking.py::test_resuming_finds_the_row_and_logs_no_step_twice"),
-    Mutation("signals", "TERM does not save", "pipelines/ending.py",
+    Mutation("signals", "TERM does not save", "pipelines/processes/ending.py",
              "        self.asked = False\n        heed(self._note)", "        self.asked = False",
              "pipelines/test_ending.py::test_who_asks_saves_first"),
-    Mutation("signals", "the parent's death goes unseen", "pipelines/ending.py",
+    Mutation("signals", "the parent's death goes unseen", "pipelines/processes/ending.py",
              "        os.kill(os.getpid(), signal.SIGUSR1)\n", "        pass\n",
              "pipelines/test_ending.py::test_the_parents_death_is_an_order"),
     # bad input

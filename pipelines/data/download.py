@@ -7,7 +7,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from dino.files import whole_file
-from pipelines.progress import progress
+from pipelines.processes.progress import progress
 
 TIMEOUT_S = 10.0  # without an answer, or between two pieces of it
 PIECE_BYTES = 1 << 20

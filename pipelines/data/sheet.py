@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pipelines.drawing import png, style
+from pipelines.pictures.drawing import png, style
 
 TILE_PX, GAP_PX = 64, 6
 PAPER = 255

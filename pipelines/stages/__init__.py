@@ -3,7 +3,7 @@
 import os
 import sys
 
-from pipelines import ending
+from pipelines.processes import ending
 
 # Of the OpenMP that torch brings on Linux, read when torch is imported. Its threads wait for each other by spinning,
 # some ms at its own 300,000 rounds: where another process wants the cores, as a sibling stage does, a step then takes

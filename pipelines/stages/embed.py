@@ -14,12 +14,12 @@ from dino.features import backbone_features, feature_batches, pixel_features
 from dino.images import ImageTable
 from dino.weights import untrained_backbone
 from pipelines import paths
-from pipelines.feature_file import GROUP_ROWS, Write, feature_writer
+from pipelines.evaluation.feature_file import GROUP_ROWS, Write, feature_writer
+from pipelines.evaluation.view_check import check_view
 from pipelines.params import Embed, Params
-from pipelines.progress import progress
-from pipelines.shortage import MemoryShortError, in_short, lacks_memory
-from pipelines.stage import run_stage
-from pipelines.view_check import check_view
+from pipelines.processes.progress import progress
+from pipelines.processes.shortage import MemoryShortError, in_short, lacks_memory
+from pipelines.processes.stage import run_stage
 
 PIXEL_NUMBERS = 4096  # of an image; beyond it the pixels' probe and k-NN outgrow memory and patience
 

@@ -16,7 +16,7 @@ from pipelines.data.datasets import NAMED, set_name
 from pipelines.data.digits import write_digits
 from pipelines.data.fashion_mnist import fetch_fashion_mnist
 from pipelines.params import Params
-from pipelines.stage import run_stage
+from pipelines.processes.stage import run_stage
 
 FETCH: dict[str, Callable[[Path, Path], None]] = {  # name -> function of (folder to fill, folder of downloads)
     "fashion-mnist": fetch_fashion_mnist,

@@ -9,11 +9,11 @@ from dino.distributed import World
 from dino.files import whole_file
 from dino.knn import knn_predict
 from pipelines import paths
-from pipelines.evaluate import Judged, Score, best, evaluate, judge_features
-from pipelines.feature_file import read_key
-from pipelines.labelled import LabelledRows, Labels
+from pipelines.evaluation.evaluate import Judged, Score, best, evaluate, judge_features
+from pipelines.evaluation.feature_file import read_key
+from pipelines.evaluation.labelled import LabelledRows, Labels
 from pipelines.params import Params
-from pipelines.stage import run_stage
+from pipelines.processes.stage import run_stage
 
 
 def main(params: Params) -> None:

@@ -21,12 +21,12 @@ from dino.regression import Classifiers
 from dino.vision_transformer import VisionTransformer
 from dino.weights import untrained_backbone
 from pipelines import paths
-from pipelines.evaluate import Judged, Score, best, evaluate, evaluation_device, warn
-from pipelines.labelled import Labels
+from pipelines.evaluation.evaluate import Judged, Score, best, evaluate, evaluation_device, warn
+from pipelines.evaluation.labelled import Labels
+from pipelines.evaluation.view_check import check_view
 from pipelines.params import Linear, Params
-from pipelines.progress import progress
-from pipelines.stage import run_stage
-from pipelines.view_check import check_view
+from pipelines.processes.progress import progress
+from pipelines.processes.stage import run_stage
 
 KINDS = ("trained", "untrained")  # raw pixels are judged by `probe`
 CURE = "put smaller ones into linear.lrs_at_256"

@@ -27,9 +27,9 @@ from pipelines.data.folders import read_folder
 from pipelines.data.imageset import SPLITS, ImageSet
 from pipelines.data.splits import assign, find_duplicates, number_duplicates
 from pipelines.params import Params
-from pipelines.progress import progress
-from pipelines.stage import run_stage
-from pipelines.tracking import write_metrics
+from pipelines.processes.progress import progress
+from pipelines.processes.stage import run_stage
+from pipelines.rows.tracking import write_metrics
 
 LABELS = pa.schema(
     [

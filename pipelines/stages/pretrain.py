@@ -25,17 +25,19 @@ from dino.pretrain import Interrupted, pretrain
 from dino.snapshots import Snapshots, kept_epochs, teacher_backbone
 from dino.training_state import TrainingState, save_state
 from dino.weights import digest
-from pipelines import doctor, paths, tracking
-from pipelines.crop_sheet import crop_sheet
-from pipelines.ending import StopRequest
-from pipelines.intent import resolve
-from pipelines.pace import Pace
+from pipelines import paths
 from pipelines.params import Params
-from pipelines.progress import progress
-from pipelines.resumable import Resumable, environment
-from pipelines.save_clock import SaveClock
-from pipelines.shortage import MemoryShortError, in_short, lacks_memory
-from pipelines.stage import Requeue, run_stage
+from pipelines.processes.ending import StopRequest
+from pipelines.processes.progress import progress
+from pipelines.processes.shortage import MemoryShortError, in_short, lacks_memory
+from pipelines.processes.stage import Requeue, run_stage
+from pipelines.rows import tracking
+from pipelines.training import doctor
+from pipelines.training.crop_sheet import crop_sheet
+from pipelines.training.intent import resolve
+from pipelines.training.pace import Pace
+from pipelines.training.resumable import Resumable, environment
+from pipelines.training.save_clock import SaveClock
 
 LAST_VALUES = ("teacher_entropy", "batch_entropy", "information", "kl", "feature_std", "rank_me")
 

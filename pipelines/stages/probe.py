@@ -6,11 +6,11 @@ from itertools import product
 
 from dino.distributed import World
 from dino.probe import Setting, train_probes
-from pipelines.evaluate import Judged, Score, best, evaluate, judge_features, warn
-from pipelines.feature_file import read_key
-from pipelines.labelled import LabelledRows, Labels
+from pipelines.evaluation.evaluate import Judged, Score, best, evaluate, judge_features, warn
+from pipelines.evaluation.feature_file import read_key
+from pipelines.evaluation.labelled import LabelledRows, Labels
 from pipelines.params import Params, Probe
-from pipelines.stage import run_stage
+from pipelines.processes.stage import run_stage
 
 PROTOCOL = (
     "probe on stored features without augmentation (not the paper's protocol): softmax regression by SGD, steps "

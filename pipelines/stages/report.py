@@ -17,17 +17,20 @@ from matplotlib.figure import Figure
 from dino.checkpoint import load_backbone
 from dino.config import FIELD_NAMES
 from dino.files import whole_file
-from pipelines import charts, gallery, paths, scores, tracking
-from pipelines.confusion import Confusion
-from pipelines.drawing import DARK, LIGHT, data_uri, picture_png, png, svg
-from pipelines.gallery import Classes
+from pipelines import paths
+from pipelines.evaluation import scores
+from pipelines.evaluation.confusion import Confusion
 from pipelines.params import Params
+from pipelines.pictures import charts, gallery
+from pipelines.pictures.drawing import DARK, LIGHT, data_uri, picture_png, png, svg
+from pipelines.pictures.gallery import Classes
+from pipelines.pictures.snapshot_chart import snapshot_figures
+from pipelines.processes.stage import run_stage
 from pipelines.reading import read_metrics, reading
-from pipelines.snapshot_chart import snapshot_figures
-from pipelines.stage import run_stage
+from pipelines.rows import tracking
 
 PAGE = "index.html"
-TEMPLATE = Path(__file__).parent.parent / "report.html.j2"
+TEMPLATE = Path(__file__).parents[1] / "pictures/report.html.j2"
 CLASSES_LISTED_UP_TO = 60
 COUNTED = {
     "grey": "grey images",

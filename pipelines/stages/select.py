@@ -22,12 +22,13 @@ from dino.intervals import wilson_interval
 from dino.knn import knn_predict
 from dino.snapshots import snapshots_in
 from dino.vital_signs import signs_of_features
-from pipelines import paths, tracking
-from pipelines.labelled import Labels
+from pipelines import paths
+from pipelines.evaluation.labelled import Labels
+from pipelines.evaluation.snapshot_words import Scores, in_words
 from pipelines.params import Params, Select
-from pipelines.progress import progress
-from pipelines.snapshot_words import Scores, in_words
-from pipelines.stage import run_stage
+from pipelines.processes.progress import progress
+from pipelines.processes.stage import run_stage
+from pipelines.rows import tracking
 
 TOGETHER = 4  # snapshots in memory at once: each image is decoded once for so many of them
 COLUMNS = ("step", "epoch", "val_top1", "val_top1_low", "val_top1_high", "rank_me", "feature_std")

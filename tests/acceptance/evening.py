@@ -29,8 +29,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from tiny_settings import TINY  # noqa: E402
 
-from pipelines.runner import close, start_warded  # noqa: E402
-from pipelines.scratch import copy_repository  # noqa: E402
+from pipelines.processes.runner import close, start_warded  # noqa: E402
+from pipelines.processes.scratch import copy_repository  # noqa: E402
 
 PATIENCE_SECONDS = 400.0  # for one thing to happen; some 60 on an idle machine
 EVERY = "30s"

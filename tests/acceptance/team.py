@@ -17,7 +17,7 @@ from typing import Self
 
 from recital import commands, with_values
 
-from pipelines.runner import close, start_warded
+from pipelines.processes.runner import close, start_warded
 
 ROOT = Path(__file__).parents[2]
 PAGE = commands(ROOT / "docs/team.md")

@@ -17,7 +17,7 @@ import yaml
 from team import PAGE, ROOT, Team, missing, servers
 from tiny_settings import TINY
 
-from pipelines.scratch import copy_repository
+from pipelines.processes.scratch import copy_repository
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.skipif(bool(missing()), reason=missing())]
 

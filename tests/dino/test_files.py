@@ -35,7 +35,7 @@ def a_table(path: Path, size: int) -> None:
 
 
 def features(path: Path, size: int) -> None:
-    from pipelines.feature_file import feature_writer
+    from pipelines.evaluation.feature_file import feature_writer
 
     noise = np.random.default_rng(0).normal(size=(100, size // 4000)).astype(np.float32)
     with feature_writer(path, kind="trained", key="k") as write:
@@ -44,7 +44,7 @@ def features(path: Path, size: int) -> None:
 
 
 def metrics(path: Path, size: int) -> None:
-    from pipelines.tracking import write_metrics
+    from pipelines.rows.tracking import write_metrics
 
     write_metrics(path, {"many": "9" * size})
 

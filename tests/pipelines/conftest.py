@@ -15,9 +15,10 @@ from mlflow_witness import Creation
 # Says what it finds, and becomes two processes that open one new database at once.
 TWO_AT_ONCE = """
 import os, sys
-from pipelines import row, sync, tracking, ui, view, workspace
+from pipelines import sync, ui
+from pipelines.rows import row, tracking, view, workspace
 print("imports mlflow:", any(name.split(".")[0] == "mlflow" for name in sys.modules))
-from pipelines.mlflow_store import Store
+from pipelines.rows.mlflow_store import Store
 from mlflow.telemetry.client import get_telemetry_client
 from mlflow.telemetry.utils import is_telemetry_disabled
 print("sends something home:", not is_telemetry_disabled() or get_telemetry_client() is not None, flush=True)

@@ -10,8 +10,9 @@ import numpy as np
 import yaml
 from safetensors.numpy import save_file
 
-from pipelines import paths, workspace
+from pipelines import paths
 from pipelines.params import load
+from pipelines.rows import workspace
 
 STEPS = (20, 40, 60, 80)
 SETTINGS: dict[str, Any] = load(Path(__file__).parents[2] / paths.PARAMS).model_dump(mode="json")

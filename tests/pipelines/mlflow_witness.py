@@ -27,7 +27,7 @@ class Creation:
 
 def runs(root: Path, question: str = "") -> list[Any]:
     """The store's runs, oldest first."""
-    from pipelines.mlflow_store import Store
+    from pipelines.rows.mlflow_store import Store
 
     store = Store(f"sqlite:///{root}/mlflow.db", "dino")
     return list(store.client.search_runs([store.experiment_id], question, order_by=["start_time ASC"]))

@@ -15,7 +15,7 @@ from typing import Any
 
 from toy import PROJECT
 
-from pipelines.local_server import local_server
+from pipelines.flows.local_server import local_server
 
 
 def ask(address: str, path: str, **body: Any) -> Any:

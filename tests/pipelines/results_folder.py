@@ -19,7 +19,7 @@ from dino.checkpoint import BACKBONE_FORMAT, save_tensors
 from dino.config import PretrainConfig
 from dino.images import write_image_table
 from dino.vision_transformer import VisionTransformer
-from pipelines.feature_file import feature_writer
+from pipelines.evaluation.feature_file import feature_writer
 from pipelines.stages.select import COLUMNS as SELECT_COLUMNS
 
 REPOSITORY = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import evidence
 import pytest
 import yaml
 
-from pipelines import baseline, row
+from pipelines.rows import baseline, row
 
 
 @pytest.fixture

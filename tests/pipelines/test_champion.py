@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines import champion
+from pipelines.flows import champion
 from pipelines.promote import Decision
 
 

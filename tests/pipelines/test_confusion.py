@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipelines import paths
-from pipelines.confusion import Confusion
+from pipelines.evaluation.confusion import Confusion
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from test_pretrain_stage import PROJECT, Workplace
 
 from dino.config import PretrainConfig
 from dino.health import WINDOW, Yardstick
-from pipelines import tracking
-from pipelines.doctor import Doctor, facts, yardstick_of
-from pipelines.view import COLUMNS
+from pipelines.rows import tracking
+from pipelines.rows.view import COLUMNS
+from pipelines.training.doctor import Doctor, facts, yardstick_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # mlflow's own
 

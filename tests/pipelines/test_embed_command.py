@@ -22,7 +22,7 @@ import dino
 from dino.decode import content_id
 from pipelines import embed
 from pipelines.embed import embed_folder
-from pipelines.embedded import GROUP_ROWS, read_embedded, rows_table, write_embedded
+from pipelines.evaluation.embedded import GROUP_ROWS, read_embedded, rows_table, write_embedded
 
 PROJECT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ EXIT_REQUEUE = 75
 Started = Callable[..., subprocess.Popen[str]]
 LEAVE = """
 import pathlib, time
-from pipelines import ending
+from pipelines.processes import ending
 ending.heed(ending.leave)
 ending.watch_parent()
 try:
@@ -28,7 +28,7 @@ finally:
 """
 SAVE = """
 import pathlib, time
-from pipelines import ending
+from pipelines.processes import ending
 ending.heed(ending.leave)
 ending.watch_parent()
 stop = ending.StopRequest()
@@ -186,7 +186,7 @@ def test_the_end_of_the_thread_that_started_us_is_not_the_parents_death(here: Pa
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells on Linux only")
 def test_a_command_that_is_not_ours_gets_term_when_its_parent_dies(here: Path) -> None:
     heard = "trap 'touch told; exit' TERM; echo here; sleep 30 & wait"
-    command = [sys.executable, "-m", "pipelines.ending", "sh", "-c", heard]
+    command = [sys.executable, "-m", "pipelines.processes.ending", "sh", "-c", heard]
     with subprocess.Popen(
         [sys.executable, "-c", START.format(command=command)], stdout=-1, text=True, start_new_session=True
     ) as parent:

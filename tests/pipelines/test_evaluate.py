@@ -31,7 +31,7 @@ from dino.probe import Setting, train_probes
 from dino.weights import untrained_backbone
 from pipelines import params as settings
 from pipelines import paths
-from pipelines.feature_file import read_features
+from pipelines.evaluation.feature_file import read_features
 from pipelines.stages import embed, knn, linear, probe
 
 REPOSITORY = Path(__file__).parents[2]
@@ -193,7 +193,7 @@ def test_feature_files_repeat_to_the_byte_in_groups_of_one_length(
     before = {kind: paths.features_file(kind).read_bytes() for kind in KINDS}
     embed.embed(small(settings.load()).embed, batch=50, world=ALONE)
     assert before == {kind: paths.features_file(kind).read_bytes() for kind in KINDS}
-    for module in (embed, sys.modules["pipelines.feature_file"]):
+    for module in (embed, sys.modules["pipelines.evaluation.feature_file"]):
         monkeypatch.setattr(module, "GROUP_ROWS", 25)
     layouts = []
     for batch in (7, 100):

@@ -4,9 +4,9 @@ import pytest
 from dvc.cli import main as dvc_command
 from toy import repository
 
-from pipelines import exchange
-from pipelines.graph import outside
-from pipelines.runner import Outcome, StageRunner
+from pipelines.flows import exchange
+from pipelines.processes.graph import outside
+from pipelines.processes.runner import Outcome, StageRunner
 
 # DVC's own use of pygtrie
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")

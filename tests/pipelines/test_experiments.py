@@ -10,7 +10,7 @@ import pytest
 from test_nothing_left_behind import Command, alive, environment, fresh, group, prepared, running  # noqa: F401
 from toy import wait_until
 
-from pipelines.lock import holder
+from pipelines.processes.lock import holder
 
 pytestmark = pytest.mark.acceptance
 

@@ -24,7 +24,7 @@ from told import ended, told
 
 from dino.training_state import load_state
 from pipelines import paths
-from pipelines.seconds import note_seconds, read_seconds
+from pipelines.processes.seconds import note_seconds, read_seconds
 from pipelines.stages import prepare
 from pipelines.stages import pretrain as pretrain_stage
 
@@ -183,7 +183,7 @@ def test_another_error_of_the_code_shows_its_place(tmp_path: Path, monkeypatch: 
 SHORT = """
 import resource, sys
 from pipelines import params
-from pipelines.stage import run_stage
+from pipelines.processes.stage import run_stage
 from pipelines.stages import pretrain
 from dino import fitting  # all is imported before memory gets short
 import torch

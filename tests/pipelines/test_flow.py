@@ -20,11 +20,11 @@ from prefect.states import Cancelling
 from prefect_witness import ask, environment
 from toy import MEET, TRAIN, lives, pid_in, repository, wait_until
 
-from pipelines import cancelling
 from pipelines.flow import main
-from pipelines.local_server import local_server
-from pipelines.runner import Outcome, StageResult, StageRunner
-from pipelines.summary import last_words, markdown
+from pipelines.flows import cancelling
+from pipelines.flows.local_server import local_server
+from pipelines.flows.summary import last_words, markdown
+from pipelines.processes.runner import Outcome, StageResult, StageRunner
 
 # DVC's own use of pygtrie
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import PROJECT, repository
 
-from pipelines.graph import Graph, stage_graph, stages_for
+from pipelines.processes.graph import Graph, stage_graph, stages_for
 
 # DVC's own use of pygtrie
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")

@@ -10,7 +10,7 @@ import torch
 from dino.config import PretrainConfig
 from dino.images import ImageTable, write_image_table
 from pipelines.data.png import encode_png
-from pipelines.intent import resolve
+from pipelines.training.intent import resolve
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from tiny import digits
 import dino
 from dino.pretrained import read_image
 from pipelines.embed import embed_folder
-from pipelines.embedded import read_embedded
+from pipelines.evaluation.embedded import read_embedded
 from pipelines.look import distinct, look_at
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from tiny import SETTINGS, digits, write_table
 from toy import wait_until
 
 from dino.training_state import load_state
-from pipelines.scratch import copy_repository
+from pipelines.processes.scratch import copy_repository
 
 PROJECT = Path(__file__).parents[2]
 LONG = {name: list(value) if isinstance(value, tuple) else value for name, value in SETTINGS.items()}

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 from listener import Listener, listening
 
-from pipelines import notify
+from pipelines.flows import notify
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import origin
+from pipelines.rows import origin
 
 
 @pytest.fixture

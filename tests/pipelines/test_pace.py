@@ -1,6 +1,6 @@
 """Speed and waiting of a training, in numbers and words."""
 
-from pipelines.pace import ADVICE, Pace
+from pipelines.training.pace import ADVICE, Pace
 
 
 def test_share_of_time_and_advice_where_it_is_high() -> None:

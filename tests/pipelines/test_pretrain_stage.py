@@ -27,11 +27,11 @@ from dino.checkpoint import load_backbone
 from dino.training_state import load_state
 from dino.weights import untrained_backbone
 from pipelines import params
-from pipelines.ending import SIGNALS
-from pipelines.intent import key_here
-from pipelines.lock import hold
-from pipelines.resumable import Resumable
+from pipelines.processes.ending import SIGNALS
+from pipelines.processes.lock import hold
 from pipelines.stages import pretrain
+from pipelines.training.intent import key_here
+from pipelines.training.resumable import Resumable
 
 PROJECT = Path(__file__).parents[2]
 OUTS = [

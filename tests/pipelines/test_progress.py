@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.progress import heard, progress
+from pipelines.processes.progress import heard, progress
 
 
 def lines(capsys: pytest.CaptureFixture[str], advances: int) -> list[str]:

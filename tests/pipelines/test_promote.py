@@ -9,9 +9,10 @@ import evidence
 import pytest
 
 from dino import health
-from pipelines import paths, promote, sync, tracking, workspace
-from pipelines.registry import Registry
-from pipelines.version import Version
+from pipelines import paths, promote, sync
+from pipelines.registered.registry import Registry
+from pipelines.registered.version import Version
+from pipelines.rows import tracking, workspace
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # mlflow's own
 

@@ -20,8 +20,8 @@ from results_folder import COUNTS, HEALTHY, NO_LABELS, QUERIES, REPOSITORY, make
 
 from dino.images import ImageTable
 from pipelines import params, paths
-from pipelines.feature_file import read_features
-from pipelines.gallery import Classes, choose_queries, neighbour_rows
+from pipelines.evaluation.feature_file import read_features
+from pipelines.pictures.gallery import Classes, choose_queries, neighbour_rows
 from pipelines.stages import report
 
 HOSTILE = ['<script>alert("x")</script>', "a&b $\\frac$ 'q'", "衣服 {{ 7 * 7 }} --> é"]

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dino.training_state import TrainingState, load_state
-from pipelines.resumable import Resumable, environment
+from pipelines.training.resumable import Resumable, environment
 
 KEY, OTHER = "0123456789abcdef", "fedcba9876543210"
 HERE = {"torch": "2.15.0", "device": "cpu", "threads": 1, "world_size": 1}
@@ -108,7 +108,7 @@ def test_a_state_that_reads_back_damaged_never_replaces_a_good_one(
         content[-20] ^= 4
         path.write_bytes(content)
 
-    monkeypatch.setattr("pipelines.resumable.forget_cached", flip_a_bit)
+    monkeypatch.setattr("pipelines.training.resumable.forget_cached", flip_a_bit)
     with pytest.raises(OSError, match=r"reads back damaged.*the one before is kept"):
         resumable.save(state(7))
     assert (load_state(resumable.newest)[0].step, load_state(resumable.previous)[0].step) == (6, 5)
@@ -181,7 +181,7 @@ def test_the_lock_of_a_folder_removed_meanwhile_is_no_lock(opened: Opened) -> No
 def test_the_lock_of_a_killed_process_is_free(opened: Opened) -> None:
     hold = f"""
 import sys, time
-from pipelines.resumable import Resumable
+from pipelines.training.resumable import Resumable
 held = Resumable({KEY!r}, {{}}).__enter__()
 print("held", flush=True)
 time.sleep(600)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from toy import MEET, PROJECT, TRAIN, lives, pid_in, repository, wait_until
 
-from pipelines.runner import Outcome, StageRunner, rerun_command
+from pipelines.processes.runner import Outcome, StageRunner, rerun_command
 
 # DVC's own use of pygtrie
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")
@@ -164,7 +164,7 @@ def test_children_that_a_stage_leaves_behind_end_with_it(tmp_path):
 
 def test_killing_the_parent_with_9_leaves_no_stage_behind(tmp_path):
     root = repository(tmp_path, {"train": ([], TRAIN.format(slow=0.5))})
-    code = "from pipelines.runner import StageRunner; StageRunner().run('train', print)"
+    code = "from pipelines.processes.runner import StageRunner; StageRunner().run('train', print)"
     env = {**os.environ, "PYTHONPATH": str(PROJECT)}
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=root, env=env, stdout=subprocess.DEVNULL)
     pid = pid_in(root / "pid")

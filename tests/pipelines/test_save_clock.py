@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.save_clock import MAX_SHARE, SaveClock
+from pipelines.training.save_clock import MAX_SHARE, SaveClock
 
 
 def saved_at(

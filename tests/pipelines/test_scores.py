@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from results_folder import KNN, NO_LABELS, PROBE
 
-from pipelines.scores import MORE_TRAINING, Evaluation, Score, Top1, Verdict, standing, verdict
+from pipelines.evaluation.scores import MORE_TRAINING, Evaluation, Score, Top1, Verdict, standing, verdict
 
 HEALTHY = {"state": "healthy", "advice": "Nothing to do."}
 SICK = {"state": "uniform collapse", "advice": "Lower the temperature."}

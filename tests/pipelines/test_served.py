@@ -26,7 +26,8 @@ from PIL import Image
 import dino
 from dino.backbones import seeded_backbone
 from dino.checkpoint import BACKBONE_FORMAT, save_tensors
-from pipelines import paths, promote, workspace
+from pipelines import paths, promote
+from pipelines.rows import workspace
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # mlflow's own
@@ -137,7 +138,7 @@ def test_what_is_no_image_is_refused_in_words(champion: Path) -> None:
 
 
 def test_weights_come_from_the_remote_if_they_lie_in_no_cache(home: Path, champion: Path) -> None:
-    from pipelines import served
+    from pipelines.registered import served
 
     md5 = workspace.file_md5(champion)
     cached = stored(home / ".dvc/cache", md5)
@@ -156,7 +157,7 @@ def test_weights_come_from_the_remote_if_they_lie_in_no_cache(home: Path, champi
 
 
 def test_other_bytes_than_the_md5_says_are_refused(home: Path, champion: Path) -> None:
-    from pipelines import served
+    from pipelines.registered import served
 
     md5 = workspace.file_md5(champion)
     cached = stored(home / ".dvc/cache", md5)
@@ -168,7 +169,7 @@ def test_other_bytes_than_the_md5_says_are_refused(home: Path, champion: Path) -
 def test_the_repository_is_found_from_anywhere(
     home: Path, champion: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipelines import served
+    from pipelines.registered import served
 
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     monkeypatch.chdir(elsewhere)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.snapshot_words import in_words
+from pipelines.evaluation.snapshot_words import in_words
 
 WORSE = "Later checkpoints are worse"
 

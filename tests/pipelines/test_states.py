@@ -13,9 +13,9 @@ from tiny import SETTINGS, digits, write_table
 
 from dino.training_state import TrainingState
 from pipelines import states
-from pipelines.intent import key_here
 from pipelines.params import load
-from pipelines.resumable import Resumable
+from pipelines.training.intent import key_here
+from pipelines.training.resumable import Resumable
 
 PROJECT = Path(__file__).parents[2]
 ENVIRONMENT = {"device": "cpu"}

@@ -12,10 +12,10 @@ import pytest
 import sweep_toy
 from toy import wait_until
 
-from pipelines import sweep_schedule
 from pipelines.sweep import reason_of, share
-from pipelines.sweep_schedule import Schedule
-from pipelines.variants import Variant
+from pipelines.sweeps import schedule as sweep_schedule
+from pipelines.sweeps.schedule import Schedule
+from pipelines.sweeps.variants import Variant
 
 
 def ran(root: Path) -> list[str]:

@@ -8,7 +8,8 @@ import mlflow_witness as witness
 import pytest
 import yaml
 
-from pipelines import paths, row, sync, tracking, workspace
+from pipelines import paths, sync
+from pipelines.rows import row, tracking, workspace
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # mlflow's own
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import origin, trace
-from pipelines.mlflow_store import Row, Store
-from pipelines.row import TEACHER_TAG, EvaluationContent
+from pipelines import trace
+from pipelines.rows import origin
+from pipelines.rows.mlflow_store import Row, Store
+from pipelines.rows.row import TEACHER_TAG, EvaluationContent
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # mlflow's own
 

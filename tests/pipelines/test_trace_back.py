@@ -10,7 +10,7 @@ import mlflow_witness as witness
 import pytest
 import yaml
 
-from pipelines.scratch import copy_repository
+from pipelines.processes.scratch import copy_repository
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 

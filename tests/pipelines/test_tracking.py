@@ -17,7 +17,8 @@ import mlflow_witness as witness
 import pytest
 from faulty_disks import full_disk
 
-from pipelines import paths, tracking
+from pipelines import paths
+from pipelines.rows import tracking
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # mlflow's own
 REPOSITORY = Path(__file__).parents[2]
@@ -193,7 +194,7 @@ def test_the_columns_that_the_ui_opens_with_exist(home: Path) -> None:
 
 
 def tracking_columns() -> Iterator[str]:
-    from pipelines import view
+    from pipelines.rows import view
 
     yield from view.COLUMNS
 
@@ -280,7 +281,7 @@ def test_two_processes_at_once_make_one_row_whose_curves_are_not_doubled(home: P
     script = """
         import os, sys
         import evidence
-        from pipelines import mlflow_store, tracking
+        from pipelines.rows import mlflow_store, tracking
         tracking.CLOSE_SECONDS = 120.0
         other = os.fork()
         stage = "knn" if other else "probe"
@@ -323,7 +324,7 @@ def absent_server(request: pytest.FixtureRequest) -> Iterator[str]:
 def test_a_training_neither_fails_nor_waits_for_a_server_that_is_away(
     home: Path, absent_server: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pipelines import mlflow_store  # noqa: F401
+    from pipelines.rows import mlflow_store  # noqa: F401
 
     settings = witness.with_uri(absent_server)
     with tracking.pretraining(settings, "k1") as tracker:

@@ -17,7 +17,8 @@ import evidence
 import mlflow_witness as witness
 import pytest
 
-from pipelines import paths, tracking, ui
+from pipelines import paths, ui
+from pipelines.rows import tracking
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # mlflow's own
 REPOSITORY = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ import yaml
 from dvc.utils.hydra import apply_overrides
 
 from pipelines import params
-from pipelines.variants import grid, parse
+from pipelines.sweeps.variants import grid, parse
 
 PROJECT = Path(__file__).parents[2]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.stage import EXIT_ERROR, run_stage
+from pipelines.processes.stage import EXIT_ERROR, run_stage
 
 
 def tree(root: Path) -> dict[str, str]:

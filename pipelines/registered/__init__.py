@@ -1,0 +1,1 @@
+"""MLflow's model registry: versions, the champion, and the model as others load it."""
