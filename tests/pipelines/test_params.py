@@ -275,14 +275,28 @@ def edited(content: dict[str, Any], edit: Any) -> None:
         place[name] = value
 
 
-@given(st.lists(edits, min_size=1, max_size=4))
+changes_of_params = st.lists(edits, min_size=1, max_size=4)
+
+
+@given(changes_of_params)
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_content_succeeds_or_names_a_key(tmp_path_factory: pytest.TempPathFactory, changes: list[Any]) -> None:
+    succeeds_or_names_a_key(tmp_path_factory.getbasetemp(), changes)
+
+
+@pytest.mark.acceptance
+@given(changes_of_params)
+@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_content_at_length(tmp_path_factory: pytest.TempPathFactory, changes: list[Any]) -> None:
+    succeeds_or_names_a_key(tmp_path_factory.getbasetemp(), changes)
+
+
+def succeeds_or_names_a_key(folder: Path, changes: list[Any]) -> None:
     content = copy.deepcopy(GOOD)
     for edit in changes:
         edited(content, edit)
     try:
-        found = load_text(yaml.safe_dump(content), tmp_path_factory.getbasetemp())
+        found = load_text(yaml.safe_dump(content), folder)
     except ValueError as error:
         _, *lines = str(error).splitlines()
         keys = {str(key) for section in (content, *content.values()) if isinstance(section, dict) for key in section}
