@@ -6,6 +6,7 @@ WORDS = (
     "cannot allocate memory",
     "bad_alloc",
     "could not create a primitive",
+    "can't start new thread",  # no room for its stack
 )
 CURE = "free memory, or take a machine with more; nothing half-written stays"
 

@@ -29,6 +29,7 @@ from pipelines.stages import prepare
 from pipelines.stages import pretrain as pretrain_stage
 
 LITTLE = 80  # MB beyond what the process has when it begins
+MORE = 80  # MB that the whole stage takes beyond what was tried
 REPOSITORY = Path(__file__).parents[2]
 Capture = pytest.CaptureFixture[str]
 
@@ -185,7 +186,8 @@ import resource, sys
 from pipelines import params
 from pipelines.processes.stage import run_stage
 from pipelines.stages import pretrain
-from dino import fitting  # all is imported before memory gets short
+from dino import fitting  # all is imported before memory gets short, and what an optimizer imports
+import torch._dynamo
 import torch
 size = next(line for line in open("/proc/self/status") if line.startswith("VmSize"))
 limit = (int(size.split()[1]) << 10) + (int(sys.argv[1]) << 20)
@@ -213,13 +215,14 @@ def test_a_batch_that_does_not_fit_gets_a_number_of_micro_batches_that_was_tried
         return done.returncode, done.stderr
 
     code, words = run(LITTLE)
-    assert code == 1 and "Traceback" not in words
+    assert code == 1 and "Traceback" not in words, words
     found = re.search(r"out of memory \(.*\): set pretrain\.micro_batches to (\d+) \(now 1\)", words)
     assert found, words
-    code, _ = run(LITTLE + 40)
+    code, _ = run(LITTLE + MORE)
     assert code == 1, "the limit does not bind"
     place.set(**settings, micro_batches=int(found[1]))
-    assert run(LITTLE + 40)[0] == 0, "what was recommended does not fit"
+    code, words = run(LITTLE + MORE)
+    assert code == 0, f"what was recommended does not fit: {words}"
 
 
 # A rank that is killed
