@@ -103,8 +103,6 @@ def serve(times: Schedule, name: str, *, queue: bool) -> None:
         prefetch_seconds=0,  # a tick that begins before it is due would meet the one before it
         limit=1 if queue else 2,  # the second is the tick that finds the first one running, and is cancelled
     )
-    # That overdue ticks wait while one runs, said anew every two seconds of a training of days.
-    logging.getLogger("prefect.runner").addFilter(lambda record: "at capacity" not in record.getMessage())
     deployment: Any = tick.to_deployment(
         name, schedule=times, entrypoint_type=EntrypointType.MODULE_PATH, tags=["dino"]
     )
@@ -115,6 +113,8 @@ def serve(times: Schedule, name: str, *, queue: bool) -> None:
 
 def serve_for_good(times: Schedule, name: str, *, queue: bool) -> None:
     """Serve until interrupted; while the server is away, wait for it."""
+    # That overdue ticks wait while one runs, said anew every two seconds of a training of days.
+    logging.getLogger("prefect.runner").addFilter(lambda record: "at capacity" not in record.getMessage())
     told = False
     while True:
         try:
